@@ -1,0 +1,30 @@
+"""Speculative decoding with draft trees and contemplate tokens for Hugging Face Transformers.
+
+    confu = ConFuAssistant.from_pretrained("org/confu-target", target=model)
+    model.generate(**inputs, assistant_model=confu)
+
+Importing the package registers the draft with Transformers' auto classes and the adapter with PEFT.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .adapter import ConFuAdapterConfig
+from .assisted import ConFuAssistant
+from .configuration_confu import ConFuConfig
+from .generation import GenerationStats, TreeOptions
+from .validation import ConFuGenerationConfig
+
+AutoConfig.register(ConFuConfig.model_type, ConFuConfig, exist_ok=True)
+AutoModel.register(ConFuConfig, ConFuAssistant, exist_ok=True)
+AutoModelForCausalLM.register(ConFuConfig, ConFuAssistant, exist_ok=True)
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ConFuAdapterConfig",
+    "ConFuAssistant",
+    "ConFuConfig",
+    "ConFuGenerationConfig",
+    "GenerationStats",
+    "TreeOptions",
+]

@@ -1,0 +1,389 @@
+"""`generate(assistant_model=confu)`: the route into ConFu's decoding loop, and the assistant that opens it.
+
+The only file that knows private names of Transformers' `generate`. A target with an adapter, or with an assistant
+attached, gets a subclass of its class (same name, module and qualified name) that overrides three steps of `generate`;
+one path then serves `model.generate`, `PeftModel.generate` and `pipeline`. Other assistants pass through unchanged.
+The loop is `generation.py`'s, the checks are `validation.py`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import logging
+
+from . import generation, hub, validation
+from .adapter import ConFuAdapterConfig, on_injection
+from .adapter_weights import corrupted, load_adapter_folder, save_adapter_folder
+from .attachment import Attachment, LooseAdapter, attach_adapter, base_model
+from .configuration_confu import ConFuConfig
+from .errors import refusal
+from .modeling_confu import ConFuDraftModel
+from .target import check_supported
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_FIELDS = ("num_virtual_tokens", "soft_prompt_type", "num_experts", "num_experts_per_token")
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
+
+
+class ConFuGenerationMixin:
+    """What a target's class gets in front of it."""
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        """First step of `generate`: takes the tree options out of its arguments, before they pass for the model's."""
+        arguments = {}
+        if custom_generate is None and validation.is_confu(assistant_model):
+            names = validation.OPTION_ARGUMENTS
+            arguments = {field: kwargs.pop(name) for field, name in names.items() if name in kwargs}
+        mode_kwargs = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        return {**mode_kwargs, "tree_options": arguments} if arguments else mode_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        """The generation config is complete, nothing is computed yet: everything but the prompt is checked here."""
+        assistant = generation_mode_kwargs.get("assistant_model")
+        if validation.is_confu(assistant):
+            arguments = generation_mode_kwargs.get("tree_options", {})
+            check_supported(self)
+            validation.check_pair(assistant.config, self)
+            validation.check_placement(assistant, self)
+            validation.check_strategy(generation_config)
+            options = validation.resolve_options(assistant, self, generation_config, arguments)
+            if options.contemplate:
+                validation.check_adapter(assistant.config, self, assistant.adapter_name(self))
+            generation_mode_kwargs["tree_options"] = options
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _assisted_decoding(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        inputs_tensor=None,
+        assistant_model=None,
+        assistant_tokenizer=None,
+        tokenizer=None,
+        tree_options=None,
+        **model_kwargs,
+    ):
+        """`generate` finds `inputs_tensor` by inspection, so the signature is spelled out as in Transformers."""
+        if not validation.is_confu(assistant_model):
+            return super()._assisted_decoding(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                inputs_tensor=inputs_tensor,
+                assistant_model=assistant_model,
+                assistant_tokenizer=assistant_tokenizer,
+                tokenizer=tokenizer,
+                **model_kwargs,
+            )
+        validation.check_inputs(input_ids, model_kwargs, synced_gpus)
+        if not getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
+            model_kwargs["past_key_values"] = None  # `generate` made it: the loop has a better one
+        with assistant_model.adapter_in_use(self):
+            output, assistant_model.stats = generation.confu_generate(
+                self,
+                assistant_model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+                tree_options,
+                **model_kwargs,
+            )
+        return output
+
+    def __reduce_ex__(self, protocol):
+        """Pickle and copy by the target's own class: the routed one cannot be imported by its name."""
+        constructor, arguments, *rest = super().__reduce_ex__(protocol)
+        if constructor is copyreg.__newobj__:
+            constructor, arguments = _new_routed, (type(self)._target_class, *arguments[1:])
+        return (constructor, arguments, *rest)
+
+
+@functools.cache
+def _routed_class(target_class: type) -> type:
+    namespace = {
+        "__module__": target_class.__module__,
+        "__qualname__": target_class.__qualname__,
+        "__doc__": target_class.__doc__,
+        "_target_class": target_class,
+    }
+    return type(target_class.__name__, (ConFuGenerationMixin, target_class), namespace)
+
+
+def _new_routed(target_class: type, *arguments: Any) -> PreTrainedModel:
+    routed = _routed_class(target_class)
+    return routed.__new__(routed, *arguments)
+
+
+def _route(target: nn.Module) -> None:
+    if isinstance(target, GenerationMixin) and not isinstance(target, ConFuGenerationMixin):
+        target.__class__ = _routed_class(type(target))
+
+
+def _unroute(target: nn.Module) -> None:
+    if isinstance(target, ConFuGenerationMixin):
+        target.__class__ = type(target)._target_class
+
+
+on_injection(_route)
+
+
+# Which assistants a target serves: the last to detach takes the route away.
+_assistants: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet] = weakref.WeakKeyDictionary()
+
+
+class ConFuAssistant(ConFuDraftModel):
+    """The assistant: a draft, its adapter, and the target they are attached to.
+
+        confu = ConFuAssistant.from_pretrained("org/confu-target", target=model)
+        model.generate(**inputs, assistant_model=confu)
+        confu.stats.mean_accepted_length
+        confu.detach()  # model is as it was
+
+    `generation_config` ([`ConFuGenerationConfig`]) holds the tree options.
+    """
+
+    def __init__(self, config: ConFuConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.generation_config = validation.ConFuGenerationConfig(contemplate=config.contemplate)
+        self._attachment: Attachment | None = None
+        self._adapter: LooseAdapter | None = None
+        self._stats: generation.GenerationStats | None = None
+
+    @property
+    def stats(self) -> generation.GenerationStats | None:
+        """Statistics of the last `generate` call with this assistant; None before the first."""
+        return self._stats
+
+    @stats.setter
+    def stats(self, stats: generation.GenerationStats) -> None:
+        self._stats = stats
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args: Any,
+        target: PreTrainedModel | PeftModel | None = None,
+        **kwargs: Any,
+    ) -> ConFuAssistant:
+        """Load a draft and its adapter from a folder or a Hub repository.
+
+        Args:
+            target: attach to this model, in place; the draft takes its dtype and device, unless `dtype` or
+                `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT.
+            **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: files are corrupted, incomplete or not finite, or the pair was made for another target.
+                The target is untouched in either case.
+        """
+        path, hub_kwargs = pretrained_model_name_or_path, hub.hub_arguments(kwargs)
+        report = kwargs.pop("output_loading_info", False)
+        hub.check_draft_files(path, hub_kwargs.get("subfolder", ""))
+        embedding = None
+        if target is not None:
+            target = base_model(target)
+            embedding = target.get_input_embeddings().weight
+            if not {"dtype", "torch_dtype"} & set(kwargs) and embedding.is_floating_point():
+                kwargs["dtype"] = embedding.dtype
+        try:
+            assistant, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise corrupted(path, error) from error
+        _check_loaded(assistant, info, path)
+        assistant._load_generation_config(path, hub_kwargs)
+        if assistant.config.contemplate:
+            assistant._adapter = _load_adapter(path, hub_kwargs, required=target is not None)
+        if target is not None:
+            if kwargs.get("device_map") is None and not embedding.is_meta:
+                assistant.to(embedding.device)
+            assistant.attach(target)
+        return (assistant, info) if report else assistant
+
+    @classmethod
+    def from_target(cls, model: PreTrainedModel | PeftModel, **config: Any) -> ConFuAssistant:
+        """A fresh, untrained pair for a target, attached: the start of training, and of tests.
+
+        Args:
+            **config: fields of [`ConFuConfig`], and `num_virtual_tokens`, `soft_prompt_type`, `num_experts`,
+                `num_experts_per_token` of [`ConFuAdapterConfig`].
+        """
+        target = base_model(model)
+        check_supported(target)
+        adapter_fields = {name: config.pop(name) for name in ADAPTER_FIELDS if name in config}
+        assistant = cls(ConFuConfig.from_target_config(target.config, **config)).eval()
+        embedding = target.get_input_embeddings().weight
+        assistant.to(embedding.device, dtype=embedding.dtype if embedding.is_floating_point() else target.dtype)
+        if assistant.config.contemplate:
+            adapter = ConFuAdapterConfig(
+                target_layer_ids=assistant.config.target_layer_ids,
+                initializer_range=assistant.config.initializer_range,
+                base_model_name_or_path=target.config._name_or_path or None,
+                **adapter_fields,
+            )
+            assistant._adapter = LooseAdapter(adapter)
+        return assistant.attach(target)
+
+    def attach(self, model: PreTrainedModel | PeftModel) -> ConFuAssistant:
+        """Put the adapter on a target and route its `generate` here. Again on the same target: changes nothing.
+
+        An adapter that PEFT loaded onto the target is used if this assistant brings none of its own.
+        """
+        target, attached = base_model(model), self.target
+        if attached is target:
+            return self
+        if attached is not None:
+            raise refusal(
+                "confu.attach",
+                got="an assistant that is attached to another model",
+                expected="a free one",
+                fix="Call confu.detach() first, or load a second assistant.",
+            )
+        check_supported(target)
+        validation.check_pair(self.config, target)
+        adapter = self._loose_adapter()
+        if self.config.contemplate and adapter is not None:
+            self._attachment = attach_adapter(target, adapter)
+        elif self.config.contemplate:
+            validation.check_adapter(self.config, target)
+            layer = validation.confu_layer(target)
+            self._attachment = Attachment(weakref.ref(target), layer, layer.current)
+        else:
+            self._attachment = Attachment(weakref.ref(target))
+        self._adapter = None
+        _route(target)
+        _assistants.setdefault(target, weakref.WeakSet()).add(self)
+        return self
+
+    def detach(self) -> PreTrainedModel | None:
+        """Give the target back as it was before [`attach`], and return it. The adapter stays with the assistant."""
+        attachment, target = self._attachment, self.target
+        self._adapter, self._attachment = self._loose_adapter(), None
+        if target is None:
+            return None
+        attachment.undo()
+        _assistants[target].discard(self)
+        if not _assistants[target] and validation.confu_layer(target) is None:
+            _unroute(target)
+        return target
+
+    @property
+    def target(self) -> PreTrainedModel | None:
+        """The model that this assistant is attached to, if any."""
+        return None if self._attachment is None else self._attachment.target
+
+    def adapter_in_use(self, target: PreTrainedModel) -> AbstractContextManager:
+        """Inside, the adapter of this assistant is the active one: two pairs can share a target."""
+        name = self.adapter_name(target)
+        return nullcontext() if name is None else validation.confu_layer(target).activated(name)
+
+    def adapter_name(self, target: PreTrainedModel) -> str | None:
+        """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""
+        if self.target is not target or not self._attachment.owned:
+            return None
+        return self._attachment.adapter_name if self._attachment.loose_adapter() is not None else None
+
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the draft, its generation config, and the adapter in `adapter/`: the layout of a Hub repository."""
+        if push_to_hub:
+            push_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if not is_main_process:
+            return
+        self.generation_config.save_pretrained(save_directory)
+        adapter = self._loose_adapter()
+        if adapter is not None and adapter.weights is not None:
+            config = copy.deepcopy(adapter.config)
+            config.inference_mode = True  # as PEFT saves: whoever loads it says whether it trains
+            save_adapter_folder(Path(save_directory) / hub.ADAPTER_FOLDER, config, adapter.weights)
+        elif self.config.contemplate:
+            logger.warning(f"{save_directory} gets a draft without its adapter: none is loaded or attached.")
+        if push_to_hub:
+            repo_id = push_arguments.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, **push_arguments)
+
+    def generate(self, *args: Any, **kwargs: Any) -> None:
+        """An assistant cannot write by itself; Transformers calls this when the target was never attached."""
+        raise refusal(
+            "No ConFu adapter is attached to the target",
+            got="a target that does not know its assistant",
+            expected="an attached one",
+            fix="Call ConFuAssistant.from_pretrained(path, target=model) or confu.attach(model).",
+        )
+
+    def _supports_logits_to_keep(self) -> bool:
+        """The first thing that Transformers' own assisted decoding asks: then the target has no route to us."""
+        return self.generate()
+
+    def _loose_adapter(self) -> LooseAdapter | None:
+        return self._adapter if self._attachment is None else self._attachment.loose_adapter()
+
+    def _load_generation_config(self, path, hub_kwargs: dict[str, Any]) -> None:
+        try:
+            self.generation_config = validation.ConFuGenerationConfig.from_pretrained(path, **hub_kwargs)
+        except OSError:
+            logger.info(f"{path} has no generation_config.json: default tree options.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are detached: they carry the adapter, not the target."""
+        state = self.__dict__.copy()
+        state["_adapter"], state["_attachment"] = self._loose_adapter(), None
+        return state
+
+
+def _load_adapter(path, hub_kwargs: dict[str, Any], *, required: bool) -> LooseAdapter | None:
+    try:
+        folder = hub.find_adapter(path, **hub_kwargs)
+    except FileNotFoundError:
+        if required:
+            raise
+        return None
+    config, weights = load_adapter_folder(folder)
+    config.inference_mode = True
+    return LooseAdapter(config, weights)
+
+
+def _check_loaded(assistant: ConFuAssistant, info: dict[str, Any], path) -> None:
+    """Raise a `ValueError` if the draft's file lacks weights, has others, or holds NaN."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise refusal(
+                f"The ConFu draft in {path}",
+                got=f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))}",
+                expected="exactly the weights that its config asks for",
+                fix="Download it again, or convert the checkpoint if it is not ConFu's.",
+            )
+    for name, parameter in assistant.named_parameters():
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise refusal(
+                f"`{name}` of the ConFu draft in {path}",
+                got="NaN or infinite weights",
+                expected="finite numbers",
+                fix="Download it again; if it was trained here, go back to an earlier checkpoint.",
+            )

@@ -1,0 +1,101 @@
+"""Puts an assistant's adapter on a target, and takes it off again without a trace.
+
+Knows PEFT and nothing of decoding: the route of `generate` is `assisted.py`'s, the adapter itself `adapter.py`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel, inject_adapter_in_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from .adapter import ConFuAdapterConfig, ConFuLayer, remove_adapter
+from .adapter_weights import CHILD_NAME
+from .errors import refusal
+
+
+@dataclass(frozen=True)
+class LooseAdapter:
+    """An adapter that is on no target. `weights` by short name; None for an adapter that is yet to be initialised."""
+
+    config: ConFuAdapterConfig
+    weights: dict[str, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What attaching did to a target.
+
+    Attributes:
+        target_reference: the target, not kept alive by its assistant.
+        layer, adapter_name: where the adapter is; None for an EAGLE-3 draft.
+        owned: whether attaching put it there, so that detaching takes it off.
+        trainable: names of the target's parameters that required gradients before.
+    """
+
+    target_reference: Callable[[], PreTrainedModel | None]
+    layer: ConFuLayer | None = None
+    adapter_name: str | None = None
+    owned: bool = False
+    trainable: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def target(self) -> PreTrainedModel | None:
+        return self.target_reference()
+
+    def loose_adapter(self) -> LooseAdapter | None:
+        """The adapter as it is now, with the target or after it is gone; None if it was deleted, or never was."""
+        if self.layer is None or self.adapter_name not in self.layer.configs:
+            return None
+        return LooseAdapter(self.layer.configs[self.adapter_name], self.layer.adapter_weights(self.adapter_name))
+
+    def undo(self) -> None:
+        """Take off what [`attach_adapter`] put on, and let train what trained before."""
+        target = self.target
+        if target is None or not self.owned:
+            return
+        if self.adapter_name in self.layer.configs:
+            remove_adapter(target, self.adapter_name)
+        if getattr(target, "peft_config", None) == {}:
+            del target.peft_config
+            target._hf_peft_config_loaded = False
+        for name, parameter in target.named_parameters():
+            if name in self.trainable:
+                parameter.requires_grad_(True)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside a `PeftModel` or a compiled model."""
+    model = getattr(model, "_orig_mod", model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PreTrainedModel):
+        raise refusal(
+            "The target of a ConFu assistant",
+            got=f"a {type(model).__name__}",
+            expected="a Transformers model or a PeftModel around one",
+            fix="Load it with AutoModelForCausalLM.from_pretrained.",
+        )
+    return model
+
+
+def attach_adapter(target: PreTrainedModel, adapter: LooseAdapter) -> Attachment:
+    """Inject an adapter under a free name; on a misfit the target stays as it was."""
+    taken = getattr(target, "peft_config", {})
+    names = ["default", *(f"default_{number}" for number in range(1, len(taken) + 1))]
+    name = next(name for name in names if name not in taken)
+    trainable = frozenset(key for key, parameter in target.named_parameters() if parameter.requires_grad)
+    with warnings.catch_warnings():
+        # PEFT warns of a second adapter on the model; here that is what is wanted.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(copy.deepcopy(adapter.config), target, name)
+    layer = getattr(target, CHILD_NAME)
+    if adapter.weights is not None:
+        layer.set_adapter_weights(name, adapter.weights)
+    return Attachment(weakref.ref(target), layer, name, owned=True, trainable=trainable)

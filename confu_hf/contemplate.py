@@ -1,0 +1,54 @@
+"""The two small learned pieces that ConFu adds on top of EAGLE-3: expert mixtures, on the target's side and on the
+draft's.
+
+Nothing of Hugging Face's models in here: plain tensors in, plain tensors out. Where the weights live is up to others:
+`adapter.py` keeps those of the
+contemplate token as a PEFT adapter on the target, `modeling_confu.py` keeps those of the future token in the draft.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def mix_experts(
+    states: torch.Tensor, router_weight: torch.Tensor, expert_weight: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """The mixture of ConFu: sum over the top-K experts of `softmax(W_r z)_e * E_e`, `z` being `states` scaled to RMS
+    1.
+
+    The experts are learned embeddings, not networks: the router picks which "instruction" the contemplate token (or
+        the future token) carries here.
+    Hidden states of language models have a few coordinates hundreds of times larger than the rest; without the scaling
+    they would saturate the router.
+
+    Args:
+        states: `(..., d_in)`.
+        router_weight: `(n_expert, d_in)`.
+        expert_weight: `(n_expert, d_out)`.
+        top_k: how many experts are kept; their gates are not renormalised.
+
+    Returns:
+        `(..., d_out)` in the dtype of `expert_weight`.
+    """
+    states = states.to(router_weight.dtype)
+    gates = F.linear(F.rms_norm(states, states.shape[-1:]), router_weight).float().softmax(dim=-1)  # (..., n_expert)
+    kept, chosen = gates.topk(top_k, dim=-1)
+    sparse_gates = torch.zeros_like(gates).scatter(-1, chosen, kept)
+    return sparse_gates.to(expert_weight.dtype) @ expert_weight
+
+
+class ExpertMixture(nn.Module):
+    """[`mix_experts`] with its weights: `router` `(n_expert, d_in)` and `experts` `(n_expert, d_out)`."""
+
+    def __init__(self, input_size: int, output_size: int, num_experts: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.router = nn.Linear(input_size, num_experts, bias=False)
+        self.experts = nn.Parameter(torch.empty(num_experts, output_size))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`(..., input_size)` -> `(..., output_size)`."""
+        return mix_experts(states, self.router.weight, self.experts, self.top_k)

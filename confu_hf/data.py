@@ -1,0 +1,111 @@
+"""Chat answers -> token ids and labels, batches, and the draft's vocabulary. Knows tokenizers and `datasets`, no
+model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+def tokenize_conversation(
+    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, eos_token_id: int
+) -> dict[str, list[int]]:
+    """One conversation whose last message is the target's answer.
+
+    Args:
+        example: `messages` (list of `role`/`content`), and optionally `finished` (False: the answer was cut by a
+            length limit, no end token is added).
+        max_length: longer examples are cut on the right.
+
+    Returns:
+        `input_ids`, and `labels` of the same length: the token itself inside the answer, -100 in the prompt. Labels
+        are not shifted.
+    """
+    messages = example["messages"]
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+    if example.get("finished", True):
+        answer_ids = answer_ids + [eos_token_id]
+    input_ids = (prompt_ids + answer_ids)[:max_length]
+    labels = ([IGNORED] * len(prompt_ids) + answer_ids)[:max_length]
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def load_conversations(
+    data_files: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    eos_token_id: int,
+    min_answer: int = 4,
+) -> Dataset:
+    """Read `messages` files (jsonl, jsonl.gz, parquet: anything `datasets` opens by extension) into `input_ids`,
+    `labels`, `length`.
+
+    Answers of fewer than `min_answer` tokens teach the draft nothing and are left out.
+    """
+    suffix = data_files[0].removesuffix(".gz").rsplit(".", 1)[-1]
+    raw = load_dataset({"jsonl": "json"}.get(suffix, suffix), data_files=data_files, split="train")
+    if "messages" not in raw.column_names:
+        raise ValueError(
+            f"{data_files}: got columns {raw.column_names}, expected `messages`; "
+            "make answers with examples/regenerate.py."
+        )
+
+    def convert(example: dict[str, Any]) -> dict[str, Any]:
+        tokens = tokenize_conversation(example, tokenizer, max_length, eos_token_id)
+        return {**tokens, "length": len(tokens["input_ids"])}
+
+    tokens = raw.map(convert, remove_columns=raw.column_names)
+    return tokens.filter(lambda row: sum(label != IGNORED for label in row["labels"]) >= min_answer)
+
+
+class ConversationCollator:
+    """Pads on the right to the longest sequence of the batch: `input_ids`, `attention_mask`, `labels`, each `(B, N)`
+    long."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+
+        def pad(name: str, filler: int) -> torch.Tensor:
+            return torch.tensor([list(row[name]) + [filler] * (length - len(row[name])) for row in rows])
+
+        attention_mask = torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
+        )
+        return {
+            "input_ids": pad("input_ids", self.pad_token_id),
+            "attention_mask": attention_mask,
+            "labels": pad("labels", IGNORED),
+        }
+
+
+def frequent_tokens(
+    rows: Iterable[dict[str, Any]], vocab_size: int, draft_vocab_size: int, always: Iterable[int] = ()
+) -> tuple[torch.Tensor, float]:
+    """The draft's vocabulary: the answers' most frequent tokens.
+
+    Args:
+        rows: with `labels`. always: token ids kept in any case (end tokens).
+
+    Returns:
+        `(draft_vocab_size,)` long, sorted target ids, and the share of answer tokens that they cover.
+    """
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for row in rows:
+        labels = torch.as_tensor(row["labels"])
+        counts += torch.bincount(labels[labels != IGNORED], minlength=vocab_size)
+    ranked = counts.clone()
+    ranked[list(always)] = counts.max() + 1
+    kept = ranked.argsort(descending=True, stable=True)[:draft_vocab_size].sort().values
+    return kept, (counts[kept].sum() / counts.sum()).item()

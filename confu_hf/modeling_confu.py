@@ -1,0 +1,255 @@
+"""The draft network: an EAGLE-3 decoder layer that can also read a future token.
+
+    features F_i (3 d) --fc--> h_i (d) -+
+                                        +-> [norm(emb(x_{i+1})) ; norm(h_i)] -> one decoder layer -> h'_i -> norm ->
+                                        lm_head -> x_{i+2}
+    embedding of x_{i+1} (the target's)-+                                          |
+                                                                  fed back in place of h for the next drafted row
+
+Row `i` holds position `i`: it knows `x_{i+1}` and the features at `i`, and predicts `x_{i+2}`. Example: prompt `a b
+c`, the target has just emitted
+`d`. The features of `c` (i = 2) and the token `d` (x_3) form row 2, which drafts x_4.
+
+The module knows nothing of trees, of `generate` or of training: callers give it token embeddings, hidden states,
+positions, a mask and a cache. Its
+weights are named as in EAGLE-3 checkpoints (`fc`, `midlayer`, `norm`, `lm_head`, `d2t`, `t2d`); `future_*` is ConFu's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Cache, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from .configuration_confu import ConFuConfig
+from .contemplate import ExpertMixture
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, Llama's half-split layout. `states` `(B, heads, W, head_dim)`, `cos`/`sin` `(B, 1, W,
+    head_dim)`."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class DraftRMSNorm(nn.RMSNorm):
+    """RMS norm in the dtype of its input: under autocast the weights are float32 and the states are not."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
+
+
+class DraftAttention(nn.Module):
+    """Self-attention whose query, key and value read `2 d` inputs (EAGLE-3)."""
+
+    def __init__(self, config: ConFuConfig):
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        width, bias = 2 * config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def query(self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`(B, W, 2 d)` -> `(B, heads, W, head_dim)`."""
+        return rotate(self._split(self.q_proj(inputs)), cos, sin)
+
+    def key_value(
+        self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, W, 2 d)` -> keys and values, each `(B, kv_heads, W, head_dim)`."""
+        return rotate(self._split(self.k_proj(inputs)), cos, sin), self._split(self.v_proj(inputs))
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Softmax attention under a boolean or additive mask `(B, 1, W, keys)` -> `(B, W, d)`."""
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        return self.merge(context)
+
+    def merge(self, context: torch.Tensor) -> torch.Tensor:
+        """`(B, heads, W, head_dim)` -> `(B, W, d)`."""
+        return self.o_proj(context.transpose(1, 2).flatten(2))
+
+    def _split(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class DraftMLP(nn.Module):
+    """Gated MLP as in Llama."""
+
+    def __init__(self, config: ConFuConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
+
+
+class DraftLayer(nn.Module):
+    """EAGLE-3's decoder layer, in the pieces that decoding and training both put together."""
+
+    def __init__(self, config: ConFuConfig):
+        super().__init__()
+        self.input_layernorm = DraftRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = DraftRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DraftAttention(config)
+        self.post_attention_layernorm = DraftRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = DraftMLP(config)
+
+    def attention_inputs(self, token_embeds: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[norm(emb) ; norm(h)]`, `(B, W, 2 d)`."""
+        return torch.cat((self.input_layernorm(token_embeds), self.hidden_norm(hidden_states)), dim=-1)
+
+    def finish(self, residual: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+        """Everything after attention: both residual connections and the MLP."""
+        hidden_states = residual + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class ConFuDraftModel(PreTrainedModel):
+    """The draft of ConFu, and, with `config.contemplate=False`, of EAGLE-3. [`ConFuAssistant`] is this plus what
+    `generate` needs."""
+
+    config_class = ConFuConfig
+    base_model_prefix = "confu_draft"
+    main_input_name = "hidden_states"
+    _supports_sdpa = True
+    _no_split_modules = ["DraftLayer"]
+
+    def __init__(self, config: ConFuConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.fc = nn.Linear(3 * config.target_hidden_size, width, bias=False)
+        self.midlayer = DraftLayer(config)
+        self.norm = DraftRMSNorm(width, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        if config.contemplate:
+            self.future_fc = nn.Linear(3 * config.target_hidden_size, width, bias=False)
+            self.future_mixture = ExpertMixture(
+                width, width, config.num_future_experts, config.num_future_experts_per_token
+            )
+            self.future_skip = nn.Linear(width, width, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ExpertMixture):
+            nn.init.normal_(module.experts, std=self.config.initializer_range)
+        elif isinstance(module, ConFuDraftModel):
+            nn.init.zeros_(module.d2t)
+            module.t2d.copy_(torch.arange(module.config.vocab_size) < module.config.draft_vocab_size)
+            if module.config.contemplate:
+                # Zero: a fresh future token changes the residual stream of no draft; training opens this path.
+                nn.init.zeros_(module.future_skip.weight)
+
+    def set_draft_vocabulary(self, token_ids: torch.Tensor) -> None:
+        """Choose the target ids that the draft can propose.
+
+        Args:
+            token_ids: `(draft_vocab_size,)` long, distinct target ids. They are sorted: draft id `i` stands for the
+                `i`-th smallest, stored as EAGLE does,
+                `d2t[i] = token_ids[i] - i`.
+        """
+        token_ids = torch.as_tensor(token_ids, dtype=torch.long).unique()
+        if token_ids.numel() != self.config.draft_vocab_size:
+            raise ValueError(
+                f"set_draft_vocabulary: got {token_ids.numel()} distinct token ids, expected "
+                f"draft_vocab_size={self.config.draft_vocab_size}."
+            )
+        self.d2t.copy_(token_ids - torch.arange(token_ids.numel()))
+        self.t2d.zero_().index_fill_(0, token_ids.to(self.t2d.device), True)
+
+    @property
+    def draft_token_ids(self) -> torch.Tensor:
+        """`(draft_vocab_size,)` long: the target id of each draft id."""
+        return self.d2t + torch.arange(self.d2t.numel(), device=self.d2t.device)
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """Target features `(..., 3 d)` -> hidden states `h` `(..., d)` of verified rows."""
+        return self.fc(features)
+
+    def rotary(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, W)` positions -> `cos`, `sin`, each `(B, 1, W, head_dim)`."""
+        half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64, device=position_ids.device)
+        frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
+        angles = position_ids[:, None, :, None].to(torch.float64) * frequencies  # (B, 1, W, head_dim / 2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def write_rows(
+        self,
+        token_embeds: torch.Tensor,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: Cache,
+    ) -> None:
+        """Put the keys and values of verified rows into the cache; with one layer their outputs are never needed.
+
+        Args:
+            token_embeds: `(B, W, d)` embeddings of `x_{i+1}`. hidden_states: `(B, W, d)` `h_i`. position_ids: `(B,
+                W)`, row `i` at position `i`.
+        """
+        inputs = self.midlayer.attention_inputs(token_embeds, hidden_states)
+        past_key_values.update(*self.midlayer.self_attn.key_value(inputs, *self.rotary(position_ids, inputs.dtype)), 0)
+
+    def future_inputs(self, hidden_states: torch.Tensor, futures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the future token is made of.
+
+        Args:
+            hidden_states: `(..., d)` `h_v` of the last verified row. futures: `(..., 3 d)` the contemplate token's
+                features `f_v`.
+
+        Returns:
+            `MoE_f(h_v)` and `W_f f_v`, each `(..., d)`: they take the places of the token embedding and of the hidden
+            state.
+        """
+        return self.future_mixture(hidden_states), self.future_fc(futures)
+
+    def forward(
+        self,
+        token_embeds: torch.Tensor,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        skip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One draft step over `W` rows.
+
+        Args:
+            token_embeds: `(B, W, d)` the target's embeddings of `x_{i+1}`.
+            hidden_states: `(B, W, d)` `h_i` of verified rows, or the draft's previous output.
+            position_ids: `(B, W)` long.
+            attention_mask: `(B, 1, W, keys)` boolean (True = may attend) or additive; None = attend to everything
+                given.
+            past_key_values: cache of this one layer; the new keys and values go through its `update`.
+            skip: `(B, W, d)` added to the residual stream: `future_skip(W_f f)` of the row that starts a round.
+
+        Returns:
+            `(B, W, d)` hidden states before the final norm: fed back as `hidden_states` of the next step, and input of
+            [`logits`].
+        """
+        inputs = self.midlayer.attention_inputs(token_embeds, hidden_states)
+        rotary = self.rotary(position_ids, inputs.dtype)
+        attention = self.midlayer.self_attn
+        query = attention.query(inputs, *rotary)
+        key, value = attention.key_value(inputs, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, 0)
+        residual = hidden_states if skip is None else hidden_states + skip
+        return self.midlayer.finish(residual, attention.attend(query, key, value, attention_mask))
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., d)` -> `(..., draft_vocab_size)` over draft ids; map with [`draft_token_ids`]."""
+        return self.lm_head(self.norm(hidden_states))

@@ -1,0 +1,287 @@
+"""`ConFuForTraining`: target (frozen), draft and adapter in one module whose forward returns the loss. Knows nothing
+of decoding.
+
+Row `t` is the draft that starts at position `t`. At test-time step `k` it holds position `t + k`, has read the true
+tokens up to `x_{t+1+k}` and predicts
+`x_{t+2+k}`; its target is the target's distribution at position `t + 1 + k`.
+
+    step 0:  row t attends to the first-step rows 0..t, and to its future token
+    step k:  ... and to its own rows of steps 1..k
+
+Example (answer `c d e f` after the prompt `a b`): x_2 = c is drawn by the target itself at prefill, so the first row
+is t = 1: it reads the features of b,
+the token c, and drafts d (step 0), e (step 1), f (step 2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from .cache import ContemplateContext
+from .data import IGNORED
+from .losses import chain_accepted_length, linear_kl
+from .modeling_confu import ConFuDraftModel
+from .target import contemplate_anchors, soft_prompt_key_values
+
+
+@dataclass
+class ConFuTrainingObjective:
+    """What is trained for (the paper's training framework).
+
+    Args:
+        ttt_steps: test-time steps `K_ttt` that the draft is unrolled for.
+        ttt_decay: weight of step `k` is `ttt_decay ** k`.
+        num_anchors: contemplate tokens per sequence (`K_train`).
+        replication: an anchor's future is used by this many rows, its own and the following (`l`).
+        max_lag: the contemplate token's experts read features 1..max_lag positions before its node.
+    """
+
+    ttt_steps: int = 4
+    ttt_decay: float = 0.8
+    num_anchors: int = 24
+    replication: int = 4
+    max_lag: int = 6
+
+
+@dataclass(frozen=True)
+class DraftRows:
+    """The rows of a batch that are trained. `R` = the most rows of any sequence."""
+
+    starts: torch.Tensor  # (B, R) long, t of each row
+    valid: torch.Tensor  # (K, B, R) bool: x_{t+2+k} belongs to the answer
+
+    @classmethod
+    def of(cls, labels: torch.Tensor, steps: int) -> DraftRows:
+        """Rows whose `x_{t+1}` and `x_{t+2}` belong to the answer. `labels` `(B, N)`."""
+        batch, length = labels.shape
+        answer = F.pad(labels != IGNORED, (0, steps + 2))  # (B, N + steps + 2)
+        is_row = answer[:, 1 : length + 1] & answer[:, 2 : length + 2]
+        count = int(is_row.sum(-1).max())
+        # A stable sort brings the row indices of each sequence to the front, in order.
+        starts = is_row.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
+        exists = is_row.gather(1, starts)
+        starts = torch.where(exists, starts, starts[:, :1])  # padding rows stay in range and are never used
+        valid = torch.stack([answer.gather(1, starts + 2 + k) & exists for k in range(steps)])
+        return cls(starts, valid.cumprod(0).bool())
+
+
+@dataclass(frozen=True)
+class RowFutures:
+    """The future token of every row, `(B, R, ...)`; rows without one have `present` False."""
+
+    embeds: torch.Tensor  # (B, R, d)  MoE_f(h_t)
+    states: torch.Tensor  # (B, R, d)  W_f f
+    present: torch.Tensor  # (B, R) bool
+
+
+class ConFuForTraining(nn.Module):
+    """Loss of a draft (and its adapter) against a frozen target.
+
+    Args:
+        target: causal LM; gradients are switched off here.
+        draft: [`ConFuDraftModel`]; with `config.contemplate` the target must carry the adapter (`target.confu`).
+    """
+
+    def __init__(
+        self, target: PreTrainedModel, draft: ConFuDraftModel, objective: ConFuTrainingObjective | None = None
+    ):
+        super().__init__()
+        self.target, self.draft = target, draft
+        self.objective = objective or ConFuTrainingObjective()
+        for name, parameter in target.named_parameters():
+            parameter.requires_grad_("confu_" in name)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """All `(B, N)` long, padded on the right; `labels` -100 outside the answers.
+
+        Returns:
+            `loss`; `accepted` `(B, 2)`: sum of chain accepted lengths and number of rows per sequence; `correct` `(B,
+            K, 2)`: right guesses and guesses per
+            step.
+        """
+        rows = DraftRows.of(labels, self.objective.ttt_steps)
+        features, log_probs, target_choice, context = self._run_target(input_ids, attention_mask, rows)
+        token_embeds = self.target.get_input_embeddings()(input_ids).to(features.dtype)
+        hidden_states = self.draft.fuse(features)
+        futures = None
+        if self.draft.config.contemplate:
+            futures = self._row_futures(features, hidden_states, context, attention_mask, rows)
+        outputs = self._unroll(token_embeds, hidden_states, rows, futures)  # (K, B, R, d)
+        return self._loss(outputs, rows, log_probs, target_choice)
+
+    @torch.no_grad()
+    def _run_target(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: DraftRows):
+        """Features `(B, N, 3 d)`; and of the positions from the first row on: log-probabilities over the draft
+        vocabulary `(B, P, K)` with the target's
+        choice as a draft id `(B, P)`, -1 where it lies outside; and the target's cache."""
+        first = int(rows.starts.min()) + 1
+        keep = torch.arange(first, input_ids.shape[1], device=input_ids.device)
+        ids = list(self.draft.config.target_layer_ids)
+        contemplate = self.draft.config.contemplate
+        cache = DynamicCache() if contemplate else None
+        output = self.target(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=contemplate,
+            output_hidden_states=ids,
+            logits_to_keep=keep,
+        )
+        features = torch.cat([states for states in output.hidden_states if states is not None], dim=-1)
+        logits = output.logits[..., self.draft.draft_token_ids]
+        best, choice = logits.max(-1)
+        choice = torch.where(best == output.logits.amax(-1), choice, -1)
+        return features, logits.float().log_softmax(-1), choice, cache
+
+    def _row_futures(self, features, hidden_states, context, attention_mask, rows: DraftRows) -> RowFutures:
+        """Contemplate at random anchors and hand each future to the next `replication` rows."""
+        objective, device = self.objective, features.device
+        batch, count = rows.starts.shape
+        exists = rows.valid[0]
+        # Evaluation contemplates at every row, as decoding does; training at a random few.
+        number = min(objective.num_anchors, count) if self.training else count
+        replication = objective.replication if self.training else 1
+        chance = torch.rand(batch, count, device=device).masked_fill(~exists, -1.0)
+        anchor_rows = chance.topk(number, dim=-1).indices.sort(-1).values  # (B, A) indices into rows
+        anchors = rows.starts.gather(1, anchor_rows)
+        lag = torch.randint(1, objective.max_lag + 1, anchors.shape, device=device) if self.training else 1
+        sources = (anchors - lag).clamp_min(0)
+        gather = sources[..., None].expand(-1, -1, features.shape[-1])
+        layer = self.target.confu
+        embeddings = layer.contemplate_embedding(features.gather(1, gather))  # (B, A, d)
+        visible = torch.arange(features.shape[1], device=device) <= anchors[..., None]  # (B, A, N)
+        visible = visible & attention_mask[:, None].bool()
+        futures = contemplate_anchors(
+            self.target,
+            ContemplateContext(context, self._soft_prompts(layer)),
+            embeddings,
+            anchors + 1,
+            visible,
+            self.draft.config.target_layer_ids,
+        )  # (B, A, 3 d)
+        latest = (
+            torch.searchsorted(
+                anchor_rows, torch.arange(count, device=device).expand(batch, -1).contiguous(), right=True
+            )
+            - 1
+        )
+        distance = torch.arange(count, device=device) - anchor_rows.gather(1, latest.clamp_min(0))
+        present = (latest >= 0) & (distance < replication) & exists
+        h_rows = _gather(hidden_states, rows.starts)
+        embeds = self.draft.future_mixture(h_rows)
+        states = _gather(self.draft.future_fc(futures.to(hidden_states.dtype)), latest.clamp_min(0))
+        return RowFutures(embeds, states, present)
+
+    def _soft_prompts(self, layer) -> torch.Tensor:
+        weight = layer.prompt_weight()
+        return weight if layer.soft_prompt_type == "kv" else soft_prompt_key_values(self.target, weight)
+
+    def _unroll(self, token_embeds, hidden_states, rows: DraftRows, futures: RowFutures | None) -> torch.Tensor:
+        """Run the draft for all test-time steps: `(K, B, R, d)` normalised outputs."""
+        layer, attention = self.draft.midlayer, self.draft.midlayer.self_attn
+        batch, length = token_embeds.shape[:2]
+        # Row t reads emb(x_{t+1}); the last position has no next token and is no row.
+        inputs = layer.attention_inputs(token_embeds[:, 1:], hidden_states[:, :-1])  # (B, N-1, 2d)
+        positions = torch.arange(length - 1, device=token_embeds.device).expand(batch, -1)
+        keys, values = attention.key_value(inputs, *self.draft.rotary(positions, inputs.dtype))
+        causal = positions[:, None, :] <= rows.starts[..., None]  # (B, R, N-1)
+        own: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        state = _gather(hidden_states, rows.starts)
+        residual = state
+        if futures is not None:
+            future_inputs = layer.attention_inputs(futures.embeds, futures.states)
+            rotary = self.draft.rotary(rows.starts + 1, inputs.dtype)
+            own.append((*attention.key_value(future_inputs, *rotary), futures.present))
+            residual = state + self.draft.future_skip(futures.states) * futures.present[..., None]
+        outputs = []
+        for step in range(self.objective.ttt_steps):
+            tokens = (rows.starts + 1 + step).clamp_max(length - 1)
+            row_inputs = layer.attention_inputs(_gather(token_embeds, tokens), state)
+            rotary = self.draft.rotary(rows.starts + step, inputs.dtype)
+            query = attention.query(row_inputs, *rotary)
+            if step > 0:
+                own.append((*attention.key_value(row_inputs, *rotary), torch.ones_like(rows.valid[0])))
+            context = row_attention(query, keys, values, causal, own)
+            state = layer.finish(residual if step == 0 else state, attention.merge(context))
+            outputs.append(self.draft.norm(state))
+        return torch.stack(outputs)
+
+    def _loss(self, outputs, rows: DraftRows, log_probs, target_choice) -> dict[str, torch.Tensor]:
+        steps, batch, count, width = outputs.shape
+        device = outputs.device
+        first = int(rows.starts.min()) + 1
+        # Row t at step k is compared with position t + 1 + k, which is row t + 1 + k - first of the kept logits.
+        offset = torch.arange(steps, device=device)[:, None, None] + 1 - first
+        position = (rows.starts + offset).clamp_max(log_probs.shape[1] - 1)  # (K, B, R)
+        choice = target_choice.gather(1, position.transpose(0, 1).reshape(batch, -1))
+        choice = choice.view(batch, steps, count).transpose(0, 1)  # (K, B, R)
+        used = rows.valid & (choice >= 0)
+        target_rows = position + torch.arange(batch, device=device)[:, None] * log_probs.shape[1]
+        decay = self.objective.ttt_decay ** torch.arange(steps, device=device)
+        weights = (decay / rows.valid[0].sum())[:, None, None].expand_as(used)
+        correct = torch.zeros_like(used)
+        loss, correct[used] = linear_kl(
+            outputs[used],
+            self.draft.lm_head.weight,
+            log_probs.flatten(0, 1),
+            target_choice.flatten(),
+            target_rows[used],
+            weights[used],
+        )
+        accepted, whole = chain_accepted_length(correct.flatten(1), rows.valid.flatten(1))
+        per_row = torch.stack((accepted * whole, whole.float()), dim=-1)  # (B * R, 2)
+        return {
+            "loss": loss,
+            "accepted": per_row.view(batch, count, 2).sum(1),
+            "correct": torch.stack((correct & rows.valid, rows.valid), dim=-1).float().sum(2).transpose(0, 1),
+        }
+
+
+def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`(B, N, d)` at `(B, R)` -> `(B, R, d)`."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def row_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    own: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Attention over keys that all rows share and keys that belong to one row each.
+
+    Args:
+        query: `(B, heads, R, head_dim)`. keys, values: `(B, kv_heads, N, head_dim)`, shared. mask: `(B, R, N)` bool,
+            True = may attend.
+        own: per extra step, keys and values `(B, kv_heads, R, head_dim)`, row `r` for query `r` alone, and `(B, R)`
+            bool which rows have one.
+
+    Returns:
+        `(B, heads, R, head_dim)`.
+    """
+    batch, heads, rows, width = query.shape
+    kv_heads, groups = keys.shape[1], heads // keys.shape[1]
+    grouped = query.reshape(batch, kv_heads, groups * rows, width)
+    scores = (grouped @ keys.transpose(-1, -2)).view(batch, kv_heads, groups, rows, -1)
+    scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    by_group = query.view(batch, kv_heads, groups, rows, width)
+    extra = [
+        (by_group * key[:, :, None]).sum(-1, keepdim=True).masked_fill(~present[:, None, None, :, None], float("-inf"))
+        for key, _, present in own
+    ]
+    scale = 1 / math.sqrt(width)
+    weights = (torch.cat([scores, *extra], dim=-1) * scale).softmax(-1, dtype=torch.float32).to(values.dtype)
+    shared = weights[..., : keys.shape[2]].reshape(batch, kv_heads, groups * rows, -1) @ values
+    context = shared.view(batch, kv_heads, groups, rows, width)
+    for index, (_, value, _) in enumerate(own):
+        context = context + weights[..., keys.shape[2] + index, None] * value[:, :, None]
+    return context.reshape(batch, heads, rows, width)

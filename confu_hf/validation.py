@@ -1,0 +1,284 @@
+"""What `generate` is asked, checked before it starts: a refusal says what was got, what was expected, what to do.
+
+Public names of Transformers only; where in `generate` these are called is `assisted.py`'s. Nothing here changes a
+model, so the target is usable after every refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, StaticCache
+
+from .adapter import ConFuLayer
+from .adapter_weights import CHILD_NAME, check_adapter_weights
+from .configuration_confu import ConFuConfig
+from .errors import refusal
+from .generation import TreeOptions
+
+# The sampling option `top_k` of `generate` keeps its meaning, so the tree's goes by another name there.
+OPTION_ARGUMENTS = {field.name: field.name for field in fields(TreeOptions)} | {"top_k": "draft_top_k"}
+
+# Inputs of a target that the loop hands on, or derives. Any other would be lost, and the text would change.
+LOOP_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+
+
+class ConFuGenerationConfig(GenerationConfig):
+    """Generation config of an assistant: the tree options, saved in `generation_config.json`.
+
+    Args:
+        total_tokens: drafted nodes of a tree.
+        depth: depth of the deepest drafted node.
+        top_k: how many nodes are expanded per layer, and children per node. Not the sampling option: an assistant does
+            not sample. As an argument of `generate`, where that name is taken, it is `draft_top_k`.
+        contemplate_tokens: contemplate tokens of a verify pass; None = one for every node and the root.
+        contemplate: False = EAGLE-3 mode.
+        pack_weights: on CPU, decode with packed copies of the linear layers; None = if they are small.
+        **kwargs: of `GenerationConfig`.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{**asdict(TreeOptions()), **kwargs})
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        width, self.top_k = self.top_k, None  # not a sampling option without `do_sample=True`, as it would look
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            self.top_k = width
+
+
+def is_confu(assistant: Any) -> bool:
+    """Whether an `assistant_model` is ours; any other goes the way of Transformers."""
+    return getattr(getattr(assistant, "config", None), "model_type", None) == ConFuConfig.model_type
+
+
+def confu_layer(target: nn.Module) -> ConFuLayer | None:
+    """The adapters on a target, if it has any."""
+    layer = getattr(target, CHILD_NAME, None)
+    return layer if isinstance(layer, ConFuLayer) and layer.configs else None
+
+
+def check_pair(config: ConFuConfig, target: PreTrainedModel) -> None:
+    """Raise a `ValueError` unless the draft was made for targets of this geometry."""
+    text = target.config.get_text_config(decoder=True)
+    expected = {
+        "target_hidden_size": text.hidden_size,
+        "target_num_hidden_layers": text.num_hidden_layers,
+        "vocab_size": text.vocab_size,
+        "target_model_type": text.model_type,
+    }
+    for name, value in expected.items():
+        if getattr(config, name) != value:
+            raise refusal(
+                "The ConFu draft was made for another target",
+                got=f"{name}={getattr(config, name)!r}",
+                expected=f"{value!r} (of this {type(target).__name__})",
+                fix="Load the pair trained for this target, or train one: `ConFuAssistant.from_target(model)`.",
+            )
+
+
+def check_adapter(config: ConFuConfig, target: PreTrainedModel, adapter_name: str | None = None) -> None:
+    """Raise a `ValueError` unless the target carries an active, complete adapter that fits the draft."""
+    layer = confu_layer(target)
+    name = adapter_name or (layer.current if layer is not None else None)
+    if name is None:
+        state = "one without a ConFu adapter" if layer is None else "one whose ConFu adapters are not active"
+        raise refusal(
+            "No ConFu adapter is attached to the target",
+            got=state,
+            expected="the adapter that this draft was trained with",
+            fix=(
+                "Call ConFuAssistant.from_pretrained(path, target=model) or confu.attach(model); "
+                "or pass contemplate=False to draft without it."
+            ),
+        )
+    adapter = layer.configs[name]
+    if list(adapter.target_layer_ids) != list(config.target_layer_ids):
+        raise refusal(
+            "The ConFu adapter belongs to another draft",
+            got=f"target_layer_ids={adapter.target_layer_ids}",
+            expected=f"{config.target_layer_ids}, those of the draft",
+            fix="Load draft and adapter from the same repository.",
+        )
+    weights = layer.adapter_weights(name)
+    if not any(weight.is_meta for weight in weights.values()):
+        check_adapter_weights(adapter, weights, source=f"adapter {name!r} on the target")
+
+
+def check_placement(draft: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Raise a `ValueError` unless draft and target share dtype and device, those of the target's embeddings."""
+    embedding = target.get_input_embeddings().weight
+    if embedding.is_floating_point() and draft.dtype != embedding.dtype:
+        raise refusal(
+            "Draft and target differ in dtype",
+            got=f"a draft in {draft.dtype}",
+            expected=f"{embedding.dtype}, as the target's embeddings",
+            fix=f"Call confu.to({embedding.dtype}), or load it with `target=model`.",
+        )
+    if not embedding.is_meta and draft.device != embedding.device:
+        raise refusal(
+            "Draft and target are on different devices",
+            got=f"a draft on {draft.device}",
+            expected=f"{embedding.device}, as the target's embeddings",
+            fix=f'Call confu.to("{embedding.device}"), or load it with `target=model`.',
+        )
+
+
+def check_strategy(config: GenerationConfig) -> None:
+    """Raise a `ValueError` for decoding strategies, caches and outputs that a tree of drafts cannot serve."""
+    refused = [
+        ("num_beams", config.num_beams not in (None, 1), 1, "Set num_beams=1, or leave out the assistant."),
+        ("num_return_sequences", config.num_return_sequences not in (None, 1), 1, "Call generate once per sequence."),
+        ("use_cache", config.use_cache is False, True, "Set use_cache=True, or leave out the assistant."),
+        (
+            "cache_implementation",
+            config.cache_implementation not in (None, "dynamic"),
+            "None or 'dynamic' (a static, quantized or offloaded cache cannot hold a tree)",
+            "Leave out cache_implementation.",
+        ),
+        ("output_attentions", bool(config.output_attentions), False, "Call the model on the generated sequence."),
+        (
+            "output_hidden_states",
+            bool(config.output_hidden_states),
+            False,
+            "Call the model on the generated sequence.",
+        ),
+        ("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens is not None, None, "Use one way of drafting."),
+        ("penalty_alpha", bool(config.penalty_alpha), None, "Leave out the assistant for contrastive search."),
+    ]
+    for name, is_refused, expected, fix in refused:
+        if is_refused:
+            got = f"{name}={getattr(config, name)!r}"
+            raise refusal("generate with a ConFu assistant", got=got, expected=expected, fix=fix)
+
+
+def check_inputs(input_ids: Tensor, model_kwargs: Mapping[str, Any], synced_gpus: bool) -> None:
+    """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out."""
+    batch_size, length = input_ids.shape
+    past_key_values, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    if batch_size > 1:
+        raise refusal(
+            "generate with a ConFu assistant",
+            got=f"a batch of {batch_size} prompts",
+            expected="one prompt",
+            fix="Call generate once per prompt, or leave out the assistant.",
+        )
+    if length == 0:
+        raise refusal(
+            "generate with a ConFu assistant", got="inputs_embeds", expected="input_ids", fix="Pass token ids."
+        )
+    if isinstance(past_key_values, StaticCache):
+        raise refusal(
+            "generate with a ConFu assistant",
+            got="past_key_values of type StaticCache",
+            expected="a DynamicCache, or none",
+            fix="Pass DynamicCache(config=model.config), or leave out past_key_values.",
+        )
+    if synced_gpus:
+        raise refusal(
+            "generate with a ConFu assistant",
+            got="synced_gpus=True",
+            expected="a target that each process holds whole",
+            fix="Leave out the assistant under ZeRO-3 and FSDP.",
+        )
+    position_ids = model_kwargs.get("position_ids")
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if past_length >= length or (position_ids is not None and position_ids.shape[1] != length):
+        raise refusal(
+            "generate with a ConFu assistant",
+            got=f"{length} input_ids on top of a cache of {past_length} tokens",
+            expected="the whole prompt in input_ids, those in the cache included",
+            fix="Pass the ids of the conversation so far, as for a call without past_key_values.",
+        )
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    positions = (mask.cumsum(-1) - 1)[mask.bool()]
+    unknown = [name for name, value in model_kwargs.items() if value is not None and name not in LOOP_INPUTS]
+    if position_ids is not None and not torch.equal(position_ids[mask.bool()], positions):
+        unknown.append("position_ids other than those of the attention mask")
+    if unknown:
+        raise refusal(
+            "generate with a ConFu assistant",
+            got=f"model inputs {unknown}",
+            expected=f"none but {sorted(LOOP_INPUTS)}",
+            fix="Leave them out, or leave out the assistant.",
+        )
+
+
+def resolve_options(
+    assistant: PreTrainedModel,
+    target: PreTrainedModel,
+    generation_config: GenerationConfig,
+    arguments: Mapping[str, Any],
+) -> TreeOptions:
+    """Tree options of a call: arguments of `generate`, else its generation config's, the assistant's, the defaults.
+
+    Args:
+        arguments: the options given to `generate`, by their names as fields of `TreeOptions`.
+    """
+    defaults = getattr(assistant, "generation_config", None)
+    values = {}
+    for field in fields(TreeOptions):
+        own = None if field.name == "top_k" else getattr(generation_config, field.name, None)
+        given = arguments.get(field.name, own)
+        kept = getattr(defaults, field.name, None) if given is None else given
+        default = assistant.config.contemplate if field.name == "contemplate" else field.default
+        values[field.name] = default if kept is None else kept
+    if arguments.get("contemplate_tokens", 0) is None:
+        values["contemplate_tokens"] = None  # None has a meaning: one for every node
+    values["contemplate"] = _contemplates(assistant, target, values["contemplate"], arguments)
+    options = TreeOptions(**values)
+    check_options(options, assistant.config)
+    return options
+
+
+def _contemplates(assistant: PreTrainedModel, target: PreTrainedModel, wanted: bool, arguments: Mapping) -> bool:
+    """Whether this call contemplates. Disabled adapters turn it off, unless it is asked for by name."""
+    if wanted and not assistant.config.contemplate:
+        raise refusal(
+            "This draft cannot contemplate",
+            got="contemplate=True for an EAGLE-3 draft (config.contemplate is False)",
+            expected="contemplate=False",
+            fix="Load a ConFu pair, or leave out `contemplate`.",
+        )
+    layer = confu_layer(target)
+    if wanted and layer is not None and layer.disable_adapters and not arguments.get("contemplate"):
+        return False
+    return wanted
+
+
+def check_options(options: TreeOptions, config: ConFuConfig) -> None:
+    """Raise a `ValueError` unless the options describe a tree."""
+    limits = {
+        "total_tokens": (0, None),
+        "depth": (1, None),
+        "top_k": (1, config.draft_vocab_size),
+        "contemplate_tokens": (1, options.total_tokens),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if name == "contemplate_tokens":
+            if value is None:
+                continue
+            most += 1  # the root may carry one, too
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if not is_int or value < least or (most is not None and value > most):
+            raise _misfit(
+                options, name, f"an integer of at least {least}{'' if most is None else f', at most {most}'}"
+            )
+    for name, allowed in {"contemplate": (True, False), "pack_weights": (True, False, None)}.items():
+        if not any(getattr(options, name) is value for value in allowed):
+            raise _misfit(options, name, f"one of {allowed}")
+
+
+def _misfit(options: TreeOptions, name: str, expected: str) -> ValueError:
+    return refusal(
+        "Tree options",
+        got=f"{name}={getattr(options, name)!r}",
+        expected=expected,
+        fix=f"Set `confu.generation_config.{name}`, or pass `{OPTION_ARGUMENTS[name]}` to generate.",
+    )

@@ -1,0 +1,125 @@
+"""Trains a draft for a target on the target's own answers: stage 1 EAGLE-3, stage 2 ConFu from it. Runs under
+`accelerate launch` as any Trainer script.
+
+    python examples/train.py --stage eagle3 --data answers.jsonl --output_dir eagle3 --max_steps 1000 --bf16
+    python examples/train.py --stage confu --init_from eagle3 --data answers.jsonl --output_dir confu --max_steps 1000
+    --bf16
+
+`--stage eagle3 --init_from eagle3` goes on training an EAGLE-3 draft: the baseline with the same number of steps. All
+of `TrainingArguments` can be
+given. With `--resume_from_checkpoint auto` an interrupted run goes on exactly where its last checkpoint was.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from _smollm2 import load_target
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from confu_hf import ConFuAdapterConfig, ConFuAssistant, ConFuConfig
+from confu_hf.data import ConversationCollator, frequent_tokens, load_conversations
+from confu_hf.target import attention_geometry, soft_prompt_key_values
+from confu_hf.trainer import ConFuTrainer
+from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.warm_start import warm_start_from_eagle3, warm_start_from_target
+
+
+@dataclass
+class ScriptArguments:
+    data: list[str] = field(metadata={"help": "files with `messages`, answers written by the target"})
+    stage: str = field(default="eagle3", metadata={"help": "eagle3 or confu", "choices": ["eagle3", "confu"]})
+    target: str | None = field(default=None, metadata={"help": "Hub id or folder; default SmolLM2-135M-Instruct"})
+    target_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen target"})
+    init_from: str | None = field(default=None, metadata={"help": "EAGLE-3 draft to start from"})
+    draft_vocab_size: int = 8192
+    max_length: int = field(default=768, metadata={"help": "tokens per sequence, prompt included"})
+    held_out: int = field(default=48, metadata={"help": "sequences kept out of training, for the accepted length"})
+    num_virtual_tokens: int = 16
+    num_experts: int = 8
+    num_experts_per_token: int = 2
+
+
+def build_draft(arguments: ScriptArguments, target, train_rows, end_ids: list[int]) -> ConFuAssistant:
+    """The draft of this stage: from the target's own last layers, or from an EAGLE-3 checkpoint."""
+    contemplate = arguments.stage == "confu"
+    source = ConFuAssistant.from_pretrained(arguments.init_from, dtype=torch.float32) if arguments.init_from else None
+    if source is not None and source.config.contemplate == contemplate:
+        return source
+    if source is not None:
+        config = ConFuConfig.from_dict({**source.config.to_dict(), "contemplate": True})
+        draft = ConFuAssistant(config)
+        warm_start_from_eagle3(draft, source)
+        return draft
+    size = min(arguments.draft_vocab_size, target.config.vocab_size)
+    config = ConFuConfig.from_target_config(target.config, draft_vocab_size=size, contemplate=contemplate)
+    draft = ConFuAssistant(config)
+    token_ids, coverage = frequent_tokens(train_rows, config.vocab_size, size, always=end_ids)
+    draft.set_draft_vocabulary(token_ids)
+    print(f"draft vocabulary: {size} tokens cover {coverage:.1%} of the answers")
+    print("started from the target:", ", ".join(warm_start_from_target(draft, target)))
+    return draft
+
+
+def add_adapter(arguments: ScriptArguments, target, draft: ConFuAssistant) -> None:
+    """Soft prompts and experts on the target; soft prompts start as the keys and values of random vocabulary
+    tokens."""
+    layers, kv_heads, head_dim = attention_geometry(target.config)
+    config = ConFuAdapterConfig(
+        num_virtual_tokens=arguments.num_virtual_tokens,
+        num_experts=arguments.num_experts,
+        num_experts_per_token=arguments.num_experts_per_token,
+        target_hidden_size=draft.config.target_hidden_size,
+        target_num_hidden_layers=layers,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        target_layer_ids=list(draft.config.target_layer_ids),
+    )
+    target.add_adapter(config)
+    layer = target.confu
+    table = target.get_input_embeddings().weight
+    with torch.no_grad():
+        ids = draft.draft_token_ids[torch.randperm(draft.config.draft_vocab_size)[: config.num_virtual_tokens]]
+        layer.prompt_weight().copy_(soft_prompt_key_values(target, table[ids]))
+        layer.confu_experts["default"].weight.add_(table[draft.draft_token_ids].mean(0))
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.float()
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, ConFuTrainingObjective, TrainingArguments))
+    arguments, objective, training = parser.parse_args_into_dataclasses()
+    set_seed(training.seed)
+    target, tokenizer = load_target(arguments.target, arguments.target_dtype)
+    ends = target.generation_config.eos_token_id
+    end_ids = list(ends) if isinstance(ends, list) else [ends]
+    rows = load_conversations(
+        arguments.data, tokenizer, max_length=arguments.max_length, eos_token_id=tokenizer.eos_token_id
+    )
+    split = rows.train_test_split(test_size=arguments.held_out, seed=0)
+    draft = build_draft(arguments, target, split["train"], end_ids)
+    if draft.config.contemplate:
+        add_adapter(arguments, target, draft)
+    training.train_sampling_strategy = "group_by_length"
+    training.label_names = ["labels"]
+    trainer = ConFuTrainer(
+        ConFuForTraining(target, draft, objective),
+        training,
+        train_dataset=split["train"],
+        eval_dataset=split["test"],
+        data_collator=ConversationCollator(target.generation_config.pad_token_id or end_ids[0]),
+    )
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint == "auto":
+        checkpoint = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    print(trainer.evaluate())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""TreeCache and ContemplateContext on plain tensors: which rows are stored, returned, moved and exported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import (
+    ARCHITECTURES,
+    LAYER_IDS,
+    NUM_LAYERS,
+    VOCAB_SIZE,
+    keep_softmax_in_float64,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+)
+from transformers import DynamicCache, StaticCache
+
+from confu_hf.cache import ContemplateContext, TreeCache
+from confu_hf.target import prefill
+
+LAYERS, HEADS, DIM, PROMPTS = 3, 2, 4, 5
+
+
+@pytest.fixture(autouse=True)
+def _exact_softmax(monkeypatch):
+    keep_softmax_in_float64(monkeypatch)
+
+
+def states(length: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, HEADS, length, DIM), torch.randn(batch, HEADS, length, DIM)
+
+
+def soft_prompts() -> torch.Tensor:
+    return torch.randn(LAYERS, 2, PROMPTS, HEADS, DIM)
+
+
+def filled(length: int, batch: int = 1, prompts: torch.Tensor | None = None, **kwargs) -> TreeCache:
+    cache = TreeCache(LAYERS, prompts, **kwargs)
+    for i in range(LAYERS):
+        cache.update(*states(length, batch), i)
+    return cache
+
+
+def prompt_ids(batch: int = 1, length: int = 11) -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_update_appends_and_hides_the_soft_prompts():
+    cache, first, second = TreeCache(LAYERS, soft_prompts()), states(7), states(2)
+    cache.update(*first, 0)
+    keys, values = cache.update(*second, 0)
+    assert torch.equal(keys, torch.cat([first[0], second[0]], dim=2))
+    assert torch.equal(values, torch.cat([first[1], second[1]], dim=2))
+    assert torch.equal(cache.layers[0].keys, keys)
+    assert cache.get_seq_length() == 9 and cache.get_mask_sizes(4, 0) == (13, 0)
+    assert cache.is_sliding == [False] * LAYERS
+
+
+def test_verifying_shows_the_soft_prompts_and_commits_nothing():
+    prompts, committed, new = soft_prompts(), states(7, 2), states(3, 2)
+    cache = TreeCache(LAYERS, prompts)
+    cache.update(*committed, 1)
+    with cache.verifying():
+        keys, values = cache.update(*new, 1)
+        assert cache.get_seq_length(1) == 7
+    for got, prompt, old, rows in zip((keys, values), prompts[1], committed, new, strict=True):
+        expected = prompt.transpose(0, 1).expand(2, -1, -1, -1)  # (B, kv_heads, S, head_dim)
+        assert torch.equal(got, torch.cat([expected, old, rows], dim=2))
+    assert cache.get_seq_length(1) == 7
+
+
+@pytest.mark.parametrize("path", [[0], [0, 1, 2], [0, 2], [0, 1, 4, 6], [0, 3, 4, 5, 6]])
+@pytest.mark.parametrize("block_size", [1, 4, 256])
+def test_keep_path_commits_the_rows_of_the_path(path, block_size):
+    cache = filled(5, prompts=soft_prompts(), block_size=block_size)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    new = [states(7) for _ in range(LAYERS)]
+    with cache.verifying():
+        for i in range(LAYERS):
+            cache.update(*new[i], i)
+    cache.keep_path(torch.tensor([path]))
+    assert cache.get_seq_length() == 5 + len(path)
+    for layer, old, rows in zip(cache.layers, before, new, strict=True):
+        assert torch.equal(layer.keys, torch.cat([old[0], rows[0][:, :, path]], dim=2))
+        assert torch.equal(layer.values, torch.cat([old[1], rows[1][:, :, path]], dim=2))
+
+
+def test_keep_path_takes_a_path_per_batch_row():
+    cache = filled(5, batch=2)
+    with cache.verifying():
+        new = [states(6, 2) for _ in range(LAYERS)]
+        for i in range(LAYERS):
+            cache.update(*new[i], i)
+    paths = [[0, 1, 5], [0, 3, 4]]
+    cache.keep_path(torch.tensor(paths))
+    for layer, rows in zip(cache.layers, new, strict=True):
+        for b, path in enumerate(paths):
+            assert torch.equal(layer.keys[b, :, 5:], rows[0][b][:, path])
+
+
+def test_a_second_verify_pass_overwrites_the_first():
+    cache = filled(5)
+    with cache.verifying():
+        for length in (6, 3):
+            for i in range(LAYERS):
+                keys, _ = cache.update(*states(length), i)
+    assert keys.shape[2] == 8
+    with pytest.raises(ValueError, match="after a verify pass of 3 rows"):
+        cache.keep_path(torch.tensor([[0, 1, 2, 3]]))
+
+
+def test_keep_path_without_a_verify_pass_is_refused():
+    cache = filled(5)
+    with pytest.raises(ValueError, match="verify pass of 0 rows.*Call keep_path"):
+        cache.keep_path(torch.tensor([[0]]))
+    with cache.verifying():
+        for i in range(LAYERS):
+            cache.update(*states(2), i)
+    cache.keep_path(torch.tensor([[0]]))
+    with pytest.raises(ValueError, match="verify pass of 0 rows"):
+        cache.keep_path(torch.tensor([[0]]))
+
+
+def test_buffers_grow_by_blocks_and_not_in_between():
+    cache = TreeCache(1, soft_prompts()[:1], block_size=16)
+    cache.update(*states(3), 0)
+    layer, addresses, everything = (
+        cache.layers[0],
+        set(),
+        [layer_keys.clone() for layer_keys in [cache.layers[0].keys]],
+    )
+    for _ in range(40):
+        new = states(1)
+        keys, _ = cache.update(*new, 0)
+        everything.append(new[0])
+        addresses.add(layer._buffers[0].data_ptr())
+        assert layer._buffers[0].shape[2] % 16 == 0
+    assert torch.equal(keys, torch.cat(everything, dim=2))
+    assert len(addresses) == 3  # 5 + 43 slots = 48 = three blocks of 16
+
+
+def test_growth_while_verifying_keeps_prompts_and_committed_rows():
+    prompts = soft_prompts()
+    cache = filled(5, prompts=prompts, block_size=4)
+    before = cache.layers[2].keys.clone()
+    with cache.verifying():
+        keys, _ = cache.update(*states(30), 2)
+    assert torch.equal(keys[:, :, :PROMPTS], prompts[2, 0].transpose(0, 1)[None])
+    assert torch.equal(keys[:, :, PROMPTS : PROMPTS + 5], before)
+
+
+def test_set_soft_prompts_replaces_them_in_place():
+    cache = filled(5, batch=2, prompts=soft_prompts())
+    address, per_row = cache.layers[0]._buffers[0].data_ptr(), torch.randn(LAYERS, 2, 2, PROMPTS, HEADS, DIM)
+    cache.set_soft_prompts(per_row)
+    with cache.verifying():
+        keys, values = cache.update(*states(1, 2), 0)
+    assert cache.layers[0]._buffers[0].data_ptr() == address
+    assert torch.equal(keys[:, :, :PROMPTS], per_row[0, 0].transpose(1, 2))
+    assert torch.equal(values[:, :, :PROMPTS], per_row[0, 1].transpose(1, 2))
+    with pytest.raises(ValueError, match="Got 0 soft prompt slots, but the cache was filled with 5"):
+        cache.set_soft_prompts(None)
+
+
+def test_soft_prompts_of_the_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match="for 3 layers, expected 4"):
+        TreeCache(4, soft_prompts())
+    with pytest.raises(ValueError, match=r"expected \(2, S, kv_heads, head_dim\)"):
+        TreeCache(LAYERS, soft_prompts().transpose(1, 2))
+    cache = TreeCache(LAYERS, torch.randn(LAYERS, 2, PROMPTS, HEADS + 1, DIM))
+    with pytest.raises(ValueError, match="adapter made for this target"):
+        cache.update(*states(3), 0)
+
+
+def test_crop_takes_negative_numbers():
+    cache = filled(5)
+    kept = cache.layers[0].keys[:, :, :3].clone()
+    cache.crop(-2)
+    cache.crop(0)
+    assert cache.get_seq_length() == 3 and torch.equal(cache.layers[0].keys, kept)
+    new = states(1)
+    assert torch.equal(cache.update(*new, 0)[0], torch.cat([kept, new[0]], dim=2))
+    for wrong in (1, -5):
+        with pytest.raises(ValueError, match=rf"crop\(\) got {wrong}, expected a number from -3 to 0"):
+            cache.layers[1].crop(wrong)
+
+
+def test_states_that_require_a_gradient_are_refused():
+    keys, values = states(3)
+    with pytest.raises(ValueError, match="torch.no_grad"):
+        TreeCache(LAYERS).update(keys.requires_grad_(), values, 0)
+
+
+def test_usable_inside_and_outside_of_inference_mode():
+    cache = TreeCache(LAYERS, soft_prompts())
+    with torch.inference_mode():
+        cache.update(*states(3), 0)
+    with torch.no_grad():
+        cache.update(*states(3), 0)
+    assert cache.get_seq_length() == 6
+
+
+def test_reset_and_batch_operations():
+    cache = filled(5, batch=2, prompts=soft_prompts())
+    keys = cache.layers[0].keys.clone()
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.layers[0].keys, keys.repeat_interleave(2, dim=0))
+    cache.batch_select_indices(torch.tensor([3]))
+    assert torch.equal(cache.layers[0].keys, keys[1:])
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.layers[0].keys is None
+    cache.update(*states(2, 3), 0)
+    assert cache.layers[0].keys.shape == (3, HEADS, 2, DIM)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_prefill_is_bit_identical_to_a_dynamic_cache(name):
+    model, ids = ARCHITECTURES[name](), prompt_ids(2)
+    prompts = torch.randn(NUM_LAYERS, 2, PROMPTS, 2, 8)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    for attention_mask in (None, mask):
+        plain, ours = DynamicCache(), TreeCache(NUM_LAYERS, prompts)
+        expected = prefill(model, ids, plain, LAYER_IDS, attention_mask=attention_mask)
+        got = prefill(model, ids, ours, LAYER_IDS, attention_mask=attention_mask)
+        assert torch.equal(got.logits, expected.logits) and torch.equal(got.features, expected.features)
+        for layer, reference in zip(ours.layers, plain.layers, strict=True):
+            assert torch.equal(layer.keys, reference.keys) and torch.equal(layer.values, reference.values)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_plain_generate_with_a_tree_cache(name, do_sample):
+    model, ids = ARCHITECTURES[name](), prompt_ids()
+    cache = TreeCache(NUM_LAYERS, torch.randn(NUM_LAYERS, 2, PROMPTS, 2, 8), block_size=4)
+    outputs = []
+    for past_key_values in (None, cache):
+        torch.manual_seed(0)
+        options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": do_sample}
+        outputs.append(
+            model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=past_key_values, **options)
+        )
+    assert torch.equal(*outputs)
+    assert cache.get_seq_length() == outputs[0].shape[1] - 1
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mistral, tiny_gemma3])
+def test_import_from_and_export_to_a_users_cache(make):
+    model, ids = make(), prompt_ids()
+    users = DynamicCache(config=model.config)  # sliding layers drop old rows
+    prefill(model, ids, users, LAYER_IDS)
+    cache = TreeCache.from_cache(users, NUM_LAYERS, torch.randn(NUM_LAYERS, 2, PROMPTS, 2, 8))
+    assert cache.get_seq_length() == ids.shape[1]
+    for layer, source in zip(cache.layers, users.layers, strict=True):
+        stored = source.keys.shape[2]
+        assert torch.equal(layer.keys[:, :, -stored:], source.keys)
+        assert not layer.keys[:, :, :-stored].any()
+
+    more = prompt_ids(length=4)
+    for target in (cache, users):
+        continued = prefill(model, more, target, LAYER_IDS)
+    ours, exported = DynamicCache(config=model.config), DynamicCache()
+    for target in (ours, exported):
+        cache.export_to(target)
+    for layer, reference in zip(ours.layers, users.layers, strict=True):
+        torch.testing.assert_close(layer.keys, reference.keys, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer.values, reference.values, rtol=0, atol=1e-12)
+        assert layer.get_seq_length() == reference.get_seq_length() and type(layer) is type(reference)
+    assert exported.layers[0].keys.shape[2] == cache.get_seq_length()
+    again = [prefill(model, more, target, LAYER_IDS).logits for target in (ours, users, exported)]
+    torch.testing.assert_close(again[0], again[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(again[0], again[2], rtol=0, atol=1e-12)
+    assert not torch.equal(again[0], continued.logits)
+
+
+def test_export_overwrites_what_the_cache_held_and_shares_no_memory():
+    cache, users = filled(5), DynamicCache()
+    for i in range(LAYERS):
+        users.update(*states(9), i)
+    cache.export_to(users)
+    exported = users.layers[0].keys.clone()
+    assert torch.equal(exported, cache.layers[0].keys)
+    cache.layers[0].keys.zero_()
+    assert torch.equal(users.layers[0].keys, exported)
+
+
+def test_a_tree_cache_can_be_imported_again():
+    cache = filled(5)
+    copy = TreeCache.from_cache(cache, LAYERS, soft_prompts())
+    assert torch.equal(copy.layers[1].values, cache.layers[1].values) and copy.soft_prompt_length == PROMPTS
+
+
+def test_foreign_caches_are_refused():
+    model = tiny_llama()
+    static = StaticCache(config=model.config, max_cache_len=16)
+    with pytest.raises(
+        ValueError, match="Got a cache with a StaticLayer, expected the plain layers of a DynamicCache"
+    ):
+        TreeCache.from_cache(static, NUM_LAYERS)
+    with pytest.raises(ValueError, match="Got a cache with a StaticLayer"):
+        TreeCache(NUM_LAYERS).export_to(static)
+    with pytest.raises(ValueError, match="Got a cache of 8 layers, expected at most 3"):
+        TreeCache.from_cache(DynamicCache(config=model.config), LAYERS)
+
+
+def test_contemplate_context_puts_prompts_with_gradient_in_front_and_keeps_nothing():
+    committed, new, prompts = states(6, 2), states(3, 2), soft_prompts().requires_grad_()
+    cache = DynamicCache()
+    for i in range(LAYERS):
+        cache.update(*committed, i)
+    context = ContemplateContext(cache, prompts)
+    for _ in range(2):
+        keys, values = context.update(*new, 1)
+    for got, prompt, old, rows in zip((keys, values), prompts[1], committed, new, strict=True):
+        assert torch.equal(got, torch.cat([prompt.transpose(0, 1).expand(2, -1, -1, -1), old, rows], dim=2))
+    assert context.get_seq_length() == 6 and context.soft_prompt_length == PROMPTS
+    (keys.sum() + values.sum()).backward()
+    assert torch.equal(prompts.grad[1], torch.full_like(prompts[1], 2.0)) and not prompts.grad[0].any()
+    assert torch.equal(ContemplateContext(cache).update(*new, 0)[0], torch.cat([committed[0], new[0]], dim=2))
+
+
+def test_contemplate_context_refuses_dropped_rows_and_wrong_prompts():
+    model, ids = tiny_mistral(), prompt_ids()
+    users = DynamicCache(config=model.config)
+    prefill(model, ids, users, LAYER_IDS)
+    with pytest.raises(ValueError, match="holds 5 of 11 tokens.*without a config"):
+        ContemplateContext(users)
+    with pytest.raises(ValueError, match="for 3 layers, expected 8"):
+        whole = DynamicCache()
+        prefill(model, ids, whole, LAYER_IDS)
+        ContemplateContext(whole, soft_prompts())

@@ -1,0 +1,385 @@
+"""Acceptance: the text is that of plain decoding, seed by seed and in distribution, whatever was drafted.
+
+The target is a table: its logits are a function of the last two tokens.
+"""
+
+import itertools
+import random
+from functools import partial
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from confu_hf.tree import DraftTree
+from confu_hf.verification import Sampler, accept, accept_greedy, accept_stepwise
+
+VOCAB = 5
+PROMPT = [3, 1, 4]
+
+
+class Target:
+    def __init__(self, seed=0, dtype=torch.float32):
+        table = torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.table = (1.5 * table).to(dtype)
+
+    def logits(self, ids):
+        return self.table[ids[-2], ids[-1]]
+
+    def verify(self, tree, ids):
+        """(1, T+1, V): the logits after the context and each node's path."""
+        paths = []
+        for token, parent in zip(tree.tokens[0].tolist(), tree.parents[0].tolist(), strict=True):
+            paths.append([*ids[:-1], token] if parent < 0 else [*paths[parent], token])
+        return torch.stack([self.logits(path) for path in paths])[None]
+
+
+def make_tree(root, drafted):
+    """A tree from a list of drafted (parent, token)."""
+    parents, tokens = [-1, *(parent for parent, _ in drafted)], [root, *(token for _, token in drafted)]
+    depths = []
+    for parent in parents:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    return DraftTree(
+        torch.tensor([tokens]), torch.tensor([parents]), torch.tensor([depths]), -torch.tensor([depths]).float()
+    )
+
+
+def full_tree(root, depth):
+    """All continuations of `depth` tokens: the walk can leave it only at the bottom."""
+    drafted, layer = [], [0]
+    for _ in range(depth):
+        next_layer = []
+        for parent, token in itertools.product(layer, range(VOCAB)):
+            drafted.append((parent, token))
+            next_layer.append(len(drafted))
+        layer = next_layer
+    return make_tree(root, drafted)
+
+
+def random_tree(root, rng, num_nodes=12):
+    drafted = set()
+    ordered = []
+    for _ in range(num_nodes):
+        node = (rng.randrange(len(ordered) + 1), rng.randrange(VOCAB))
+        if node not in drafted:
+            drafted.add(node)
+            ordered.append(node)
+    return make_tree(root, ordered)
+
+
+def plain_decoding(target, num_tokens, processors, do_sample, stopping_criteria=None):
+    """The loop of GenerationMixin._sample, reduced to what matters here."""
+    ids, scores, raw_logits = torch.tensor([PROMPT]), (), ()
+    for _ in range(num_tokens):
+        logits = target.logits(ids[0].tolist())[None].to(copy=True, dtype=torch.float32)
+        token_scores = processors(ids, logits)
+        scores, raw_logits = scores + (token_scores,), raw_logits + (logits,)
+        if do_sample:
+            token = torch.multinomial(torch.nn.functional.softmax(token_scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            token = torch.argmax(token_scores, dim=-1)
+        ids = torch.cat([ids, token[:, None]], dim=-1)
+        if stopping_criteria is not None and stopping_criteria(ids, None).all():
+            break
+    return ids[0].tolist(), scores, raw_logits
+
+
+def tree_decoding(target, num_tokens, processors, do_sample, draw_tree, **options):
+    """Rounds of accept() until `num_tokens` are there or a criterion stops them."""
+    ids, scores, raw_logits = list(PROMPT), (), ()
+    criteria = options.pop("stopping_criteria", StoppingCriteriaList([MaxLengthCriteria(len(PROMPT) + num_tokens)]))
+    finished, rounds = False, 0
+    while not finished:
+        tree = draw_tree(ids[-1])
+        options |= {"processors": processors, "do_sample": do_sample, "stopping_criteria": criteria}
+        acceptance = run(tree, target.verify(tree, ids), torch.tensor([ids]), past_scores=scores, **options)
+        scores, raw_logits = scores + acceptance.scores, raw_logits + acceptance.raw_logits
+        ids += acceptance.tokens[0].tolist()
+        finished = acceptance.finished
+        rounds += 1
+    return ids, scores, raw_logits, rounds
+
+
+def check_path(tree, acceptance):
+    path, tokens = acceptance.path[0].tolist(), acceptance.tokens[0].tolist()
+    assert len(path) == len(tokens) and path[0] == 0
+    for parent, child, token in zip(path, path[1:], tokens, strict=False):
+        assert tree.parents[0, child] == parent and tree.tokens[0, child] == token
+
+
+def run(tree, logits, ids=None, **options):
+    """accept() after the prompt; greedy, with no processor and no criterion, if nothing else is given."""
+    ids = torch.tensor([PROMPT]) if ids is None else ids
+    defaults = {"processors": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList(), "do_sample": False}
+    acceptance = accept(tree, logits, ids, **{**defaults, **options})
+    check_path(tree, acceptance)
+    return acceptance
+
+
+def processor_list(name):
+    return LogitsProcessorList(
+        {
+            "none": [],
+            "temperature": [TemperatureLogitsWarper(0.7)],
+            "warpers": [TemperatureLogitsWarper(1.3), TopKLogitsWarper(4), TopPLogitsWarper(0.8)],
+            "repetition": [RepetitionPenaltyLogitsProcessor(1.4), TopPLogitsWarper(0.95)],
+        }[name]
+    )
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["none", "temperature", "warpers", "repetition"])
+def test_seed_by_seed_the_text_is_that_of_plain_decoding(name, dtype, do_sample):
+    target, processors = Target(dtype=dtype), processor_list(name)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected, _, _ = plain_decoding(target, 20, processors, do_sample)
+        stream_after = torch.get_rng_state()
+        rng = random.Random(seed)
+        for draw_tree in (partial(random_tree, rng=rng), partial(full_tree, depth=2), partial(make_tree, drafted=[])):
+            torch.manual_seed(seed)
+            ids, *_ = tree_decoding(target, 20, processors, do_sample, draw_tree)
+            assert ids == expected
+            assert torch.equal(torch.get_rng_state(), stream_after)  # not one number more than plain decoding drew
+
+
+def test_a_full_tree_accepts_all_of_its_depth():
+    target = Target()
+    torch.manual_seed(0)
+    *_, rounds = tree_decoding(target, 20, LogitsProcessorList(), True, lambda root: full_tree(root, 3))
+    assert rounds == 5  # 3 accepted and 1 bonus token a round
+    *_, rounds = tree_decoding(target, 20, LogitsProcessorList(), True, lambda root: make_tree(root, []))
+    assert rounds == 20
+
+
+def test_the_greedy_fast_path_equals_the_reference():
+    rng = random.Random(0)
+    lengths = set()
+    for seed in range(60):
+        # Small integers as logits: ties are frequent.
+        tree = random_tree(PROMPT[-1], rng, num_nodes=20)
+        logits = torch.randint(0, 3, (*tree.tokens.shape, VOCAB), generator=torch.Generator().manual_seed(seed))
+        limit = MaxLengthCriteria(len(PROMPT) + rng.randrange(1, 4))
+        for criteria in (StoppingCriteriaList(), StoppingCriteriaList([limit])):
+            args = tree, logits.float(), torch.tensor([PROMPT])
+            fast = accept_greedy(*args, criteria)
+            slow = accept_stepwise(*args, LogitsProcessorList(), Sampler(do_sample=False), criteria)
+            assert fast.path.tolist() == slow.path.tolist() and fast.tokens.tolist() == slow.tokens.tolist()
+            assert fast.finished == slow.finished
+            lengths.add((fast.path.shape[1], fast.finished))
+    assert {(1, False), (2, False), (3, False), (1, True), (2, True)} <= lengths
+
+
+def test_float64_ties_are_broken_as_in_plain_decoding():
+    # Equal in float32, where plain decoding compares them: the first one wins.
+    logits = torch.tensor([[[1.0, 1.0 + 1e-12, 0.0, 0.0, 0.0]]], dtype=torch.float64)
+    acceptance = accept_greedy(make_tree(4, []), logits, torch.tensor([PROMPT]), StoppingCriteriaList())
+    assert acceptance.tokens.tolist() == [[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_processors_get_a_float32_copy(dtype):
+    class InPlace(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert scores.dtype == torch.float32
+            return scores.add_(1.0)
+
+    tree = full_tree(PROMPT[-1], 1)
+    logits = Target(dtype=dtype).verify(tree, PROMPT)
+    before = logits.clone()
+    run(tree, logits, processors=LogitsProcessorList([InPlace()]))
+    assert torch.equal(logits, before)
+
+
+# Drafted for the chi-square tests, as (parent, token):
+DRAFTED = [(0, 1), (0, 4), (1, 0), (1, 2)]  # two of the root's children, and two of the first one's
+NUM_DRAWS = 20_000
+
+
+def exact_distribution(target, processors):
+    """Probability of every outcome: the emitted tokens, one more than the depth at which the walk leaves the tree."""
+    children = {(parent, token): node + 1 for node, (parent, token) in enumerate(DRAFTED)}
+
+    def outcomes(node, ids):
+        scores = processors(torch.tensor([ids]), target.logits(ids)[None].double().clone())
+        for token, probability in enumerate(scores.softmax(-1)[0].tolist()):
+            child = children.get((node, token))
+            tails = [((), 1.0)] if child is None else outcomes(child, [*ids, token])
+            for tail, tail_probability in tails:
+                yield (token, *tail), probability * tail_probability
+
+    return {tokens: probability for tokens, probability in outcomes(0, PROMPT) if probability > 0}
+
+
+def p_value(draws, distribution):
+    assert set(draws) <= set(distribution)  # an impossible outcome
+    expected = [NUM_DRAWS * probability for probability in distribution.values()]
+    assert min(expected) > 5  # the chi-square approximation holds
+    return chisquare([draws.count(tokens) for tokens in distribution], expected).pvalue
+
+
+@pytest.fixture(scope="module")
+def draws():
+    target, processors = Target(), LogitsProcessorList([TemperatureLogitsWarper(2.5)])
+    tree = make_tree(PROMPT[-1], DRAFTED)
+    logits, ids = target.verify(tree, PROMPT), torch.tensor([PROMPT])
+    options = {"processors": processors, "do_sample": True, "stopping_criteria": StoppingCriteriaList()}
+    torch.manual_seed(0)
+    outcomes = []
+    for _ in range(NUM_DRAWS):
+        outcomes.append(tuple(accept(tree, logits, ids, **options).tokens[0].tolist()))
+    return outcomes, exact_distribution(target, processors)
+
+
+def test_sampled_outcomes_follow_the_target(draws):
+    outcomes, distribution = draws
+    assert sum(distribution.values()) == pytest.approx(1.0)
+    assert p_value(outcomes, distribution) > 1e-3
+
+
+def test_drawing_twice_is_caught(draws):
+    # Wrong rule: if the first draw leaves the tree at its root, draw once more.
+    outcomes, distribution = draws
+    again = outcomes[1:] + outcomes[:1]
+    wrong = [second if len(first) == 1 else first for first, second in zip(outcomes, again, strict=True)]
+    assert p_value(wrong, distribution) < 1e-6
+
+
+def test_accepting_the_likeliest_child_is_caught(draws):
+    # Wrong rule, applied to one draw in five: whatever would leave the tree at its root becomes a child.
+    outcomes, distribution = draws
+    children = [tokens for tokens in distribution if len(tokens) > 1]
+    likeliest = max(children, key=distribution.get)
+    wrong = [likeliest if len(tokens) == 1 and i % 5 == 0 else tokens for i, tokens in enumerate(outcomes)]
+    assert p_value(wrong, distribution) < 1e-6
+
+
+class Witness(LogitsProcessor):
+    """Remembers the ids and scores it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, input_ids, scores):
+        self.calls.append((input_ids[0].tolist(), scores[0].tolist()))
+        return scores
+
+
+class StopAt(StoppingCriteria):
+    """Stops at a token, and remembers what it was called with."""
+
+    def __init__(self, token=None):
+        self.token, self.calls = token, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls.append((input_ids[0].tolist(), scores))
+        return input_ids[:, -1] == (-1 if self.token is None else self.token)
+
+
+def chain_target(tokens):
+    """Logits of a chain tree, whose every node wants the next of `tokens`."""
+    logits = torch.zeros(1, len(tokens), VOCAB)
+    logits[0, torch.arange(len(tokens)), torch.tensor(tokens)] = 10.0
+    return logits
+
+
+def accept_chain(drafted, wanted, **options):
+    """Greedy acceptance of a chain of `drafted` tokens by a target that wants `wanted` (one more)."""
+    tree = make_tree(PROMPT[-1], list(enumerate(drafted)))
+    return run(tree, chain_target(wanted), **options)
+
+
+def test_processors_see_the_ids_up_to_the_node_and_its_logits():
+    witness = Witness()
+    acceptance = accept_chain([2, 0, 3], [2, 0, 1, 4], processors=LogitsProcessorList([witness]))
+    assert acceptance.path.tolist() == [[0, 1, 2]] and acceptance.tokens.tolist() == [[2, 0, 1]]
+    assert [ids for ids, _ in witness.calls] == [PROMPT, [*PROMPT, 2], [*PROMPT, 2, 0]]
+    assert [scores.index(10.0) for _, scores in witness.calls] == [2, 0, 1]
+
+
+@pytest.mark.parametrize("processors", [LogitsProcessorList(), LogitsProcessorList([Witness()])])
+@pytest.mark.parametrize(
+    "stop_token, path, tokens, finished",
+    [
+        (2, [0], [2], True),  # at the first of them
+        (0, [0, 1], [2, 0], True),  # in the middle of the path
+        (1, [0, 1, 2], [2, 0, 1], True),  # at the bonus token
+        (4, [0, 1, 2], [2, 0, 1], False),  # node 3 was rejected: its token is never written
+        (None, [0, 1, 2], [2, 0, 1], False),
+    ],
+)
+def test_stopping_in_the_middle_of_a_path(processors, stop_token, path, tokens, finished):
+    criterion = StopAt(stop_token)
+    acceptance = accept_chain(
+        [2, 0, 3], [2, 0, 1, 4], processors=processors, stopping_criteria=StoppingCriteriaList([criterion])
+    )
+    assert acceptance.path.tolist() == [path] and acceptance.tokens.tolist() == [tokens]
+    assert acceptance.finished is finished
+    assert criterion.calls == [(PROMPT + tokens[: i + 1], None) for i in range(len(tokens))]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", ["none", "repetition"])
+def test_recorded_scores_and_logits_are_those_of_plain_decoding(name, do_sample):
+    target, processors = Target(), processor_list(name)
+    torch.manual_seed(3)
+    expected = plain_decoding(target, 12, processors, do_sample)
+    torch.manual_seed(3)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(len(PROMPT) + 12)])
+    ids, scores, raw_logits, _ = tree_decoding(
+        target, 12, processors, do_sample, lambda root: full_tree(root, 2), record=True, stopping_criteria=criteria
+    )
+    assert ids == expected[0] and len(scores) == len(raw_logits) == 12
+    for got, plain in zip(scores + raw_logits, expected[1] + expected[2], strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, plain)
+
+
+def test_criteria_see_the_scores_of_all_rounds():
+    criterion = StopAt()
+    criteria = StoppingCriteriaList([criterion, MaxLengthCriteria(len(PROMPT) + 7)])
+    _, scores, _, _ = tree_decoding(
+        Target(),
+        7,
+        LogitsProcessorList(),
+        False,
+        lambda root: full_tree(root, 1),
+        record=True,
+        stopping_criteria=criteria,
+    )
+    assert [len(seen) for _, seen in criterion.calls] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(a is b for a, b in zip(criterion.calls[-1][1], scores, strict=True))
+    accept_chain([], [1], record=True, past_scores=None, stopping_criteria=StoppingCriteriaList([criterion]))
+    assert criterion.calls[-1][1] is None  # raw logits were asked for, scores were not
+
+
+def test_nothing_is_recorded_unasked():
+    acceptance = accept_chain([2], [2, 1], processors=LogitsProcessorList([Witness()]))
+    assert acceptance.scores == () and acceptance.raw_logits == ()
+
+
+def test_a_token_drafted_twice_takes_the_earlier_node():
+    tree = make_tree(0, [(0, 2), (0, 2)])
+    logits = chain_target([2, 1, 3])
+    acceptance = accept_greedy(tree, logits, torch.tensor([PROMPT]), StoppingCriteriaList())
+    assert acceptance.path.tolist() == [[0, 1]] and acceptance.tokens.tolist() == [[2, 1]]
+
+
+def test_batches_are_refused():
+    tree = make_tree(0, [(0, 1)])
+    batch = DraftTree(*(getattr(tree, name).repeat(2, 1) for name in DraftTree.__dataclass_fields__))
+    for bad_tree, ids in ((batch, torch.tensor([PROMPT])), (batch, torch.tensor([PROMPT] * 2))):
+        with pytest.raises(ValueError, match=r"got a tree of shape \(2, 2\).*expected batch size 1"):
+            run(bad_tree, torch.zeros(2, 2, VOCAB), ids)
