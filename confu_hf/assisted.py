@@ -56,6 +56,13 @@ class ConFuGenerationMixin:
         assistant = generation_mode_kwargs.get("assistant_model")
         if validation.is_confu(assistant):
             arguments = generation_mode_kwargs.get("tree_options", {})
+            if not isinstance(assistant, ConFuAssistant):
+                raise refusal(
+                    "assistant_model",
+                    got=f"a {type(assistant).__name__}",
+                    expected="a ConFuAssistant",
+                    fix="Load it with ConFuAssistant.from_pretrained.",
+                )
             check_supported(self)
             validation.check_pair(assistant.config, self)
             validation.check_placement(assistant, self)

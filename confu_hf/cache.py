@@ -289,7 +289,7 @@ class TreeCache(Cache):
         soft_prompts: Tensor | Sequence[Tensor] | None = None,
         block_size: int = 256,
     ) -> TreeCache:
-        """Copy a DynamicCache or TreeCache. Rows dropped by sliding layers become zeros: no later window holds them."""
+        """Copy a DynamicCache or TreeCache. Rows dropped by sliding layers become zeros, out of every later window."""
         new = cls(num_layers, soft_prompts, block_size)
         if len(cache.layers) > num_layers:
             raise ValueError(f"Got a cache of {len(cache.layers)} layers, expected at most {num_layers}, the model's.")
@@ -301,7 +301,7 @@ class TreeCache(Cache):
         return new
 
     def export_to(self, cache: Cache) -> None:
-        """Overwrite a DynamicCache with the committed tokens, as if an ordinary forward pass had filled it."""
+        """Overwrite a DynamicCache or TreeCache with the committed tokens, as if an ordinary forward pass had filled it."""
         while len(cache.layers) < len(self.layers) and cache.layer_class_to_replicate is not None:
             cache.layers.append(cache.layer_class_to_replicate())
         if len(cache.layers) != len(self.layers):
@@ -309,7 +309,7 @@ class TreeCache(Cache):
                 f"Got a cache of {len(cache.layers)} layers, expected {len(self.layers)}. Use DynamicCache()."
             )
         for layer, target in zip(self.layers, cache.layers, strict=True):
-            if type(target) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            if type(target) not in (DynamicLayer, DynamicSlidingWindowLayer, TreeLayer):
                 raise ValueError(_unsupported_layer(target))
             if layer.is_initialized:
                 _export_layer(layer, target)
@@ -322,8 +322,12 @@ def _unsupported_layer(layer: object) -> str:
     )
 
 
-def _export_layer(layer: TreeLayer, target: DynamicLayer) -> None:
+def _export_layer(layer: TreeLayer, target: DynamicLayer | TreeLayer) -> None:
     keys, values = layer.keys, layer.values
+    if isinstance(target, TreeLayer):
+        target.reset()
+        target.load(keys, values, layer.committed)
+        return
     if isinstance(target, DynamicSlidingWindowLayer):
         target.cumulative_length = layer.committed
         if not target.record_past:

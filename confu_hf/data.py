@@ -64,12 +64,13 @@ def load_conversations(
         return {**tokens, "length": len(tokens["input_ids"])}
 
     tokens = raw.map(convert, remove_columns=raw.column_names)
-    return tokens.filter(lambda row: sum(label != IGNORED for label in row["labels"]) >= min_answer)
+    tokens = tokens.filter(lambda row: sum(label != IGNORED for label in row["labels"]) >= min_answer)
+    return tokens.add_column("index", range(len(tokens)))
 
 
 class ConversationCollator:
     """Pads on the right to the longest sequence of the batch: `input_ids`, `attention_mask`, `labels`, each `(B, N)`
-    long."""
+    long; and `index` `(B,)`."""
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
@@ -87,6 +88,7 @@ class ConversationCollator:
             "input_ids": pad("input_ids", self.pad_token_id),
             "attention_mask": attention_mask,
             "labels": pad("labels", IGNORED),
+            "index": torch.tensor([row["index"] for row in rows]),
         }
 
 

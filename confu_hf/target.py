@@ -305,7 +305,8 @@ def contemplate_anchors(
 
 
 def _check_no_checkpointing(model: PreTrainedModel) -> None:
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    # Asked of the layers themselves: the model's own property is renamed between versions of Transformers.
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             "The target has gradient checkpointing on and is in training mode; its layers then drop the cache that "
             "contemplate tokens read. Call model.eval() on the target, or model.gradient_checkpointing_disable()."

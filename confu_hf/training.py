@@ -25,9 +25,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .cache import ContemplateContext
 from .data import IGNORED
+from .feature_store import FeatureStore
 from .losses import chain_accepted_length, linear_kl
 from .modeling_confu import ConFuDraftModel
 from .target import contemplate_anchors, soft_prompt_key_values
+
+# Config fields of targets that change logits behind the head.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass
@@ -86,21 +90,39 @@ class ConFuForTraining(nn.Module):
     Args:
         target: causal LM; gradients are switched off here.
         draft: [`ConFuDraftModel`]; with `config.contemplate` the target must carry the adapter (`target.confu`).
+        feature_store: keeps what the target says from epoch to epoch; not with `config.contemplate`.
     """
 
     def __init__(
-        self, target: PreTrainedModel, draft: ConFuDraftModel, objective: ConFuTrainingObjective | None = None
+        self,
+        target: PreTrainedModel,
+        draft: ConFuDraftModel,
+        objective: ConFuTrainingObjective | None = None,
+        feature_store: FeatureStore | None = None,
     ):
         super().__init__()
+        config = target.config.get_text_config(decoder=True)
+        scaled = [name for name in LOGIT_TRANSFORMS if getattr(config, name, None)]
+        if feature_store is not None and (draft.config.contemplate or scaled):
+            raise ValueError(
+                f"feature_store: got contemplate={draft.config.contemplate} and a target with {scaled or 'plain logits'}, "
+                "expected an EAGLE-3 draft and a target whose logits are its head's output. Train without feature_store."
+            )
+        self.feature_store = feature_store
         self.target, self.draft = target, draft
         self.objective = objective or ConFuTrainingObjective()
         for name, parameter in target.named_parameters():
             parameter.requires_grad_("confu_" in name)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        index: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """All `(B, N)` long, padded on the right; `labels` -100 outside the answers.
+        """All `(B, N)` long, padded on the right; `labels` -100 outside the answers. `index` `(B,)`: which sequences
+        these are, for the feature store.
 
         Returns:
             `loss`; `accepted` `(B, 2)`: sum of chain accepted lengths and number of rows per sequence; `correct` `(B,
@@ -108,7 +130,7 @@ class ConFuForTraining(nn.Module):
             step.
         """
         rows = DraftRows.of(labels, self.objective.ttt_steps)
-        features, log_probs, target_choice, context = self._run_target(input_ids, attention_mask, rows)
+        features, log_probs, target_choice, context = self._run_target(input_ids, attention_mask, rows, index)
         token_embeds = self.target.get_input_embeddings()(input_ids).to(features.dtype)
         hidden_states = self.draft.fuse(features)
         futures = None
@@ -118,28 +140,40 @@ class ConFuForTraining(nn.Module):
         return self._loss(outputs, rows, log_probs, target_choice)
 
     @torch.no_grad()
-    def _run_target(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: DraftRows):
+    def _run_target(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: DraftRows, index):
         """Features `(B, N, 3 d)`; and of the positions from the first row on: log-probabilities over the draft
-        vocabulary `(B, P, K)` with the target's
-        choice as a draft id `(B, P)`, -1 where it lies outside; and the target's cache."""
-        first = int(rows.starts.min()) + 1
-        keep = torch.arange(first, input_ids.shape[1], device=input_ids.device)
-        ids = list(self.draft.config.target_layer_ids)
+        vocabulary `(B, P, K)` with the target's choice as a draft id `(B, P)`, -1 where it lies outside; and the
+        target's cache."""
+        first, store = int(rows.starts.min()) + 1, self.feature_store
+        if store is not None and store.holds(index):
+            states, choices = store.read(index, input_ids.shape[1])
+            features, last = states.split([3 * states.shape[-1] // 4, states.shape[-1] // 4], dim=-1)
+            head = self.target.get_output_embeddings().weight[self.draft.draft_token_ids]
+            logits = F.linear(last[:, first:].to(head.dtype), head)
+            return features, *self._draft_view(logits, choices[:, first:]), None
         contemplate = self.draft.config.contemplate
         cache = DynamicCache() if contemplate else None
+        # The hidden state behind the last layer has passed the final norm: the head's input.
+        ids = [*self.draft.config.target_layer_ids, self.target.config.get_text_config().num_hidden_layers]
         output = self.target(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=contemplate,
             output_hidden_states=ids,
-            logits_to_keep=keep,
+            logits_to_keep=torch.arange(first, input_ids.shape[1], device=input_ids.device),
         )
-        features = torch.cat([states for states in output.hidden_states if states is not None], dim=-1)
+        states = torch.cat([output.hidden_states[i] for i in ids], dim=-1)
         logits = output.logits[..., self.draft.draft_token_ids]
         best, choice = logits.max(-1)
-        choice = torch.where(best == output.logits.amax(-1), choice, -1)
-        return features, logits.float().log_softmax(-1), choice, cache
+        choices = torch.where(best == output.logits.amax(-1), choice, -1)
+        if store is not None:
+            store.write(index, attention_mask, states, F.pad(choices, (first, 0)))
+        return states[..., : -output.hidden_states[ids[-1]].shape[-1]], *self._draft_view(logits, choices), cache
+
+    @staticmethod
+    def _draft_view(logits: torch.Tensor, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits.float().log_softmax(-1), choices
 
     def _row_futures(self, features, hidden_states, context, attention_mask, rows: DraftRows) -> RowFutures:
         """Contemplate at random anchors and hand each future to the next `replication` rows."""

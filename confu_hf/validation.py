@@ -131,6 +131,7 @@ def check_placement(draft: PreTrainedModel, target: PreTrainedModel) -> None:
 
 def check_strategy(config: GenerationConfig) -> None:
     """Raise a `ValueError` for decoding strategies, caches and outputs that a tree of drafts cannot serve."""
+    call_the_model = "Call the model on the generated sequence."
     refused = [
         ("num_beams", config.num_beams not in (None, 1), 1, "Set num_beams=1, or leave out the assistant."),
         ("num_return_sequences", config.num_return_sequences not in (None, 1), 1, "Call generate once per sequence."),
@@ -141,72 +142,50 @@ def check_strategy(config: GenerationConfig) -> None:
             "None or 'dynamic' (a static, quantized or offloaded cache cannot hold a tree)",
             "Leave out cache_implementation.",
         ),
-        ("output_attentions", bool(config.output_attentions), False, "Call the model on the generated sequence."),
-        (
-            "output_hidden_states",
-            bool(config.output_hidden_states),
-            False,
-            "Call the model on the generated sequence.",
-        ),
+        ("output_attentions", bool(config.output_attentions), False, call_the_model),
+        ("output_hidden_states", bool(config.output_hidden_states), False, call_the_model),
         ("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens is not None, None, "Use one way of drafting."),
         ("penalty_alpha", bool(config.penalty_alpha), None, "Leave out the assistant for contrastive search."),
     ]
     for name, is_refused, expected, fix in refused:
         if is_refused:
-            got = f"{name}={getattr(config, name)!r}"
-            raise refusal("generate with a ConFu assistant", got=got, expected=expected, fix=fix)
+            raise _refused_call(f"{name}={getattr(config, name)!r}", expected, fix)
 
 
 def check_inputs(input_ids: Tensor, model_kwargs: Mapping[str, Any], synced_gpus: bool) -> None:
     """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out."""
     batch_size, length = input_ids.shape
-    past_key_values, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-    if batch_size > 1:
-        raise refusal(
-            "generate with a ConFu assistant",
-            got=f"a batch of {batch_size} prompts",
-            expected="one prompt",
-            fix="Call generate once per prompt, or leave out the assistant.",
-        )
-    if length == 0:
-        raise refusal(
-            "generate with a ConFu assistant", got="inputs_embeds", expected="input_ids", fix="Pass token ids."
-        )
-    if isinstance(past_key_values, StaticCache):
-        raise refusal(
-            "generate with a ConFu assistant",
-            got="past_key_values of type StaticCache",
-            expected="a DynamicCache, or none",
-            fix="Pass DynamicCache(config=model.config), or leave out past_key_values.",
-        )
-    if synced_gpus:
-        raise refusal(
-            "generate with a ConFu assistant",
-            got="synced_gpus=True",
-            expected="a target that each process holds whole",
-            fix="Leave out the assistant under ZeRO-3 and FSDP.",
-        )
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
     position_ids = model_kwargs.get("position_ids")
-    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if batch_size > 1:
+        fix = "Call generate once per prompt, or leave out the assistant."
+        raise _refused_call(f"a batch of {batch_size} prompts", "one prompt", fix)
+    if length == 0:
+        raise _refused_call("inputs_embeds", "input_ids", "Pass token ids.")
+    if isinstance(cache, StaticCache):
+        fix = "Pass DynamicCache(config=model.config), or leave out past_key_values."
+        raise _refused_call("past_key_values of type StaticCache", "a DynamicCache, or none", fix)
+    if synced_gpus:
+        fix = "Leave out the assistant under ZeRO-3 and FSDP."
+        raise _refused_call("synced_gpus=True", "a target that each process holds whole", fix)
+    past_length = 0 if cache is None else cache.get_seq_length()
     if past_length >= length or (position_ids is not None and position_ids.shape[1] != length):
-        raise refusal(
-            "generate with a ConFu assistant",
-            got=f"{length} input_ids on top of a cache of {past_length} tokens",
-            expected="the whole prompt in input_ids, those in the cache included",
-            fix="Pass the ids of the conversation so far, as for a call without past_key_values.",
+        raise _refused_call(
+            f"{length} input_ids on top of a cache of {past_length} tokens",
+            "the whole prompt in input_ids, those in the cache included",
+            "Pass the ids of the conversation so far, as for a call without past_key_values.",
         )
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    positions = (mask.cumsum(-1) - 1)[mask.bool()]
+    real = torch.ones_like(input_ids).bool() if mask is None else mask.bool()
     unknown = [name for name, value in model_kwargs.items() if value is not None and name not in LOOP_INPUTS]
-    if position_ids is not None and not torch.equal(position_ids[mask.bool()], positions):
+    if position_ids is not None and not torch.equal(position_ids[real], (real.cumsum(-1) - 1)[real]):
         unknown.append("position_ids other than those of the attention mask")
     if unknown:
-        raise refusal(
-            "generate with a ConFu assistant",
-            got=f"model inputs {unknown}",
-            expected=f"none but {sorted(LOOP_INPUTS)}",
-            fix="Leave them out, or leave out the assistant.",
-        )
+        fix = "Leave them out, or leave out the assistant."
+        raise _refused_call(f"model inputs {unknown}", f"none but {sorted(LOOP_INPUTS)}", fix)
+
+
+def _refused_call(got: str, expected: object, fix: str) -> ValueError:
+    return refusal("generate with a ConFu assistant", got=got, expected=expected, fix=fix)
 
 
 def resolve_options(
@@ -220,12 +199,11 @@ def resolve_options(
     Args:
         arguments: the options given to `generate`, by their names as fields of `TreeOptions`.
     """
-    defaults = getattr(assistant, "generation_config", None)
     values = {}
     for field in fields(TreeOptions):
         own = None if field.name == "top_k" else getattr(generation_config, field.name, None)
         given = arguments.get(field.name, own)
-        kept = getattr(defaults, field.name, None) if given is None else given
+        kept = getattr(assistant.generation_config, field.name, None) if given is None else given
         default = assistant.config.contemplate if field.name == "contemplate" else field.default
         values[field.name] = default if kept is None else kept
     if arguments.get("contemplate_tokens", 0) is None:

@@ -1,4 +1,4 @@
-"""Restarts a script with an allocator that keeps freed memory. Standard library only, so that it can run before torch is imported."""
+"""Restarts a script with an allocator that keeps freed memory. Standard library only: it runs before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SETTINGS = {
 
 
 def keep_freed_memory() -> None:
-    """Restart this process with glibc told to keep freed memory. Does nothing elsewhere, or where a setting is already made.
+    """Restart this process with glibc told to keep freed memory. Does nothing elsewhere, or if a setting is made already.
 
-    Decoding frees and allocates tensors of a few megabytes at every step. By default glibc hands such blocks back to the
-    kernel and gets them again as zeroed pages; on a CPU the page faults can take longer than the matrix products, for plain
-    `generate` most of all (its cache is copied at every step), so a comparison without this would flatter ConFu.
-    glibc reads these variables only when a process starts: hence the restart.
+    Decoding frees and allocates tensors of a few megabytes at every step. By default glibc hands such blocks back to
+    the kernel and gets them again as zeroed pages; on a CPU the page faults can take longer than the matrix products,
+    for plain `generate` most of all (its cache is copied at every step), so a comparison without this would flatter
+    ConFu. glibc reads these variables only when a process starts: hence the restart.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SETTINGS):
         return

@@ -1,4 +1,4 @@
-"""Times ways of generating the same answer and compares them. Prints nothing, and knows of assistants only what `generate` takes."""
+"""Times ways of generating the same answer and compares them. Prints nothing; an assistant is an argument like any."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 @dataclass(frozen=True)
 class Run:
-    """One answer: its new tokens, the seconds `generate` took (prefill included), the assistant's statistics if it has any."""
+    """One answer: its new tokens, the seconds `generate` took (prefill included), the assistant's statistics if any."""
 
     tokens: list[int]
     seconds: float
@@ -34,16 +34,16 @@ class Run:
 
 
 def run(model: PreTrainedModel, inputs: BatchEncoding, seed: int, **generate_arguments: Any) -> Run:
-    """One timed call of `generate`. Every method starts from the same seed, so sampled answers can be compared as well."""
+    """One timed call of `generate`. Every method starts from the same seed, so sampled answers compare as well."""
     torch.manual_seed(seed)
     _wait(model)
     start = time.perf_counter()
     output = model.generate(**inputs, **generate_arguments)
     _wait(model)
     seconds = time.perf_counter() - start
-    stats = getattr(generate_arguments.get("assistant_model"), "stats", None)
+    assistant = generate_arguments.get("assistant_model")
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-    return Run(tokens, seconds, None if stats is None else dataclasses.asdict(stats))
+    return Run(tokens, seconds, None if assistant is None else _statistics(assistant.stats))
 
 
 def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
@@ -58,10 +58,10 @@ def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
 def explain_difference(
     model: PreTrainedModel, prompt_ids: torch.Tensor, expected: Sequence[int], got: Sequence[int]
 ) -> dict[str, Any] | None:
-    """What the target itself thinks at the first token where a greedy answer differs from plain decoding; None if identical.
+    """What the target thinks at the first token where a greedy answer differs from plain decoding; None if identical.
 
-    The logits there are computed twice, in one pass and as one step on a cache: how far they differ is how this machine
-    rounds. `tie` says that the two tokens are the target's two best and no further apart than twice that.
+    The logits there are computed twice, in one pass and as one step on a cache: how far they differ is how this
+    machine rounds. `tie` says that the two tokens are the target's two best and no further apart than twice that.
 
     Args:
         prompt_ids: `(1, N)`.
@@ -96,15 +96,15 @@ def explain_difference(
 def summarize(records: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Per method over the prompts of `records`: how many are identical, accepted length, tokens/s, ratios to plain.
 
-    `mean_accepted_length` weighs every verify pass alike (not every prompt); `overall_ratio` compares tokens/s of all prompts
-    together; `median_ratio` is the median of the prompts' own ratios.
+    `mean_accepted_length` weighs every verify pass alike (not every prompt); `overall_ratio` compares tokens/s of all
+    prompts together; `median_ratio` is the median of the prompts' own ratios.
     """
     summary = {}
     for method in methods:
         runs = [record["methods"][method] for record in records]
         rate = sum(run["new_tokens"] for run in runs) / sum(run["seconds"] for run in runs)
         row: dict[str, Any] = {"prompts": len(runs), "tokens_per_second": rate}
-        counted = [run["stats"] for run in runs if run["stats"]]
+        counted = [run["stats"] for run in runs if run["stats"] and run["stats"]["rounds"]]
         rounds = sum(stats["rounds"] for stats in counted)
         if rounds:
             accepted = sum(stats["mean_accepted_length"] * stats["rounds"] for stats in counted)
@@ -142,6 +142,11 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(document, indent=1, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _statistics(stats: Any) -> dict[str, Any]:
+    """`confu.stats` as a dictionary; an answer of one token has no round, so no accepted length: None, not nan."""
+    return {**dataclasses.asdict(stats), "mean_accepted_length": stats.mean_accepted_length if stats.rounds else None}
 
 
 def _plain(value: Any) -> Any:

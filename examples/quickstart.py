@@ -1,4 +1,4 @@
-"""ConFu at work: streams answers, then compares plain `generate`, EAGLE-3 and ConFu on the same prompts in the same run.
+"""ConFu at work: streams answers, and compares plain `generate`, EAGLE-3 and ConFu on the same prompts in one run.
 
     python examples/quickstart.py
     python examples/quickstart.py --prompts questions.jsonl --limit 40 --no-stream --json runs/figures.json
@@ -27,7 +27,8 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from confu_hf import ConFuAssistant
 
-HUB_CARDS = Path(__file__).resolve().parent.parent / "hub_cards"
+REPOSITORY = Path(__file__).resolve().parent.parent
+HUB_CARDS = REPOSITORY / "hub_cards"
 DEFAULT_CONFU = HUB_CARDS / "confu-smollm2-135m-instruct"
 DEFAULT_EAGLE3 = HUB_CARDS / "eagle3-smollm2-135m-instruct"
 METHODS = ("plain", "prompt-lookup", "eagle3", "confu")
@@ -57,8 +58,14 @@ def parse_arguments() -> argparse.Namespace:
     tree.add_argument("--total-tokens", type=int, help="drafted nodes of a tree")
     tree.add_argument("--depth", type=int, help="longest drafted path")
     tree.add_argument("--top-k", type=int, help="children of a node, and nodes expanded at each depth")
-    tree.add_argument("--contemplate-tokens", help="contemplate tokens of a verify pass: a number, or `all` nodes")
+    tree.add_argument(
+        "--contemplate-tokens", type=count_or_all, help="contemplate tokens of a verify pass: a number, or `all` nodes"
+    )
     return parser.parse_args()
+
+
+def count_or_all(text: str) -> int | str:
+    return text if text == "all" else int(text)
 
 
 def load_methods(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -80,7 +87,8 @@ def load_methods(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, 
 def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) -> ConFuAssistant:
     if path == str(DEFAULT_CONFU) and not (DEFAULT_CONFU / "model.safetensors").is_file():
         raise SystemExit(
-            f"No trained pair in {DEFAULT_CONFU}. Name one with --confu HUB_ID_OR_FOLDER, or train one: README, section Training."
+            f"No trained pair in {DEFAULT_CONFU}. Name one with --confu HUB_ID_OR_FOLDER, or train one: see README.md, "
+            "section `Train a pair for your model`."
         )
     assistant = ConFuAssistant.from_pretrained(path, target=model)
     options = assistant.generation_config
@@ -88,7 +96,7 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
         if getattr(args, name) is not None:
             setattr(options, name, getattr(args, name))
     if args.contemplate_tokens is not None:
-        options.contemplate_tokens = None if args.contemplate_tokens == "all" else int(args.contemplate_tokens)
+        options.contemplate_tokens = None if args.contemplate_tokens == "all" else args.contemplate_tokens
     return assistant
 
 
@@ -198,6 +206,13 @@ def stream_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, in
     print("-" * 80)
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as data; folders of this repository are named from its root, whatever the machine calls it."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    root = f"{REPOSITORY}/"
+    return {name: value.removeprefix(root) if isinstance(value, str) else value for name, value in plain.items()}
+
+
 def main() -> None:
     args = parse_arguments()
     prompts = read_prompts(args.prompts, args.limit) if args.prompts else evenly(DEMO_PROMPTS, args.limit)
@@ -205,7 +220,7 @@ def main() -> None:
     methods = load_methods(model, args)
     document: dict[str, Any] = {
         "environment": environment(model),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "settings": settings(args),
         "prompts": [],
     }
     names = list(methods)

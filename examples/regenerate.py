@@ -1,9 +1,9 @@
-"""The target answers prompts: training data for its draft, in the `messages` format of `datasets.load_dataset("json", ...)`.
+"""The target answers prompts: training data for its draft, rows with `messages` that `datasets` loads as JSON.
 
     python examples/regenerate.py --prompts prompts.jsonl.gz --output runs/answers.jsonl
 
-Can be stopped at any time and started again with the same command: answered prompts are skipped. What is made of the answers
-is left to `train.py`.
+Can be stopped at any time and started again with the same command: answered prompts are skipped. What is made of the
+answers is left to `train.py`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def answered_ids(output: Path) -> set[str]:
 
 
 def plan_batches(jobs: list[Job], batch_size: int, seed: int) -> list[list[Job]]:
-    """Batches of one temperature and similar length, in random order: a part of the output is a fair sample of the whole."""
+    """Batches of one temperature and similar length, in random order: a part of the output is a fair sample of all."""
     jobs = sorted(jobs, key=lambda job: (job.temperature, job.length, job.number))
     batches: list[list[Job]] = []
     for job in jobs:

@@ -12,6 +12,7 @@ given. With `--resume_from_checkpoint auto` an interrupted run goes on exactly w
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from confu_hf import ConFuAdapterConfig, ConFuAssistant, ConFuConfig
 from confu_hf.data import ConversationCollator, frequent_tokens, load_conversations
+from confu_hf.feature_store import FeatureStore
 from confu_hf.target import attention_geometry, soft_prompt_key_values
 from confu_hf.trainer import ConFuTrainer
 from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
@@ -38,6 +40,7 @@ class ScriptArguments:
     init_from: str | None = field(default=None, metadata={"help": "EAGLE-3 draft to start from"})
     draft_vocab_size: int = 8192
     max_length: int = field(default=768, metadata={"help": "tokens per sequence, prompt included"})
+    feature_store: str | None = field(default=None, metadata={"help": "eagle3: folder to keep target features in"})
     held_out: int = field(default=48, metadata={"help": "sequences kept out of training, for the accepted length"})
     num_virtual_tokens: int = 16
     num_experts: int = 8
@@ -90,6 +93,14 @@ def add_adapter(arguments: ScriptArguments, target, draft: ConFuAssistant) -> No
         parameter.data = parameter.data.float()
 
 
+def open_store(arguments: ScriptArguments, target, draft: ConFuAssistant, rows) -> FeatureStore:
+    """Target features on disk. They depend on the target, on its layers and on the draft's vocabulary."""
+    vocabulary = hashlib.sha256(draft.draft_token_ids.numpy().tobytes()).hexdigest()[:16]
+    name = arguments.target or "smollm2-135m-instruct"
+    fingerprint = f"{name} {arguments.target_dtype} {draft.config.target_layer_ids} {vocabulary}"
+    return FeatureStore(arguments.feature_store, rows["length"], target.config.hidden_size, fingerprint)
+
+
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, ConFuTrainingObjective, TrainingArguments))
     arguments, objective, training = parser.parse_args_into_dataclasses()
@@ -104,10 +115,11 @@ def main() -> None:
     draft = build_draft(arguments, target, split["train"], end_ids)
     if draft.config.contemplate:
         add_adapter(arguments, target, draft)
+    store = open_store(arguments, target, draft, rows) if arguments.feature_store else None
     training.train_sampling_strategy = "group_by_length"
     training.label_names = ["labels"]
     trainer = ConFuTrainer(
-        ConFuForTraining(target, draft, objective),
+        ConFuForTraining(target, draft, objective, store),
         training,
         train_dataset=split["train"],
         eval_dataset=split["test"],

@@ -288,6 +288,7 @@ def test_a_layout_for_another_cache_is_refused():
         verify(model, layout, None, cache, LAYER_IDS)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradient_checkpointing_is_refused():
     model = tiny_llama().train()
     model.gradient_checkpointing_enable()

@@ -30,12 +30,14 @@ _SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 
 
 def tiny_target(model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> PreTrainedModel:
-    """A frozen random model in eval mode; `config` overrides fields of its configuration."""
-    attention = config.pop("attn_implementation", "sdpa")
+    """A frozen random model in eval mode; `config` overrides fields of its configuration and the implementations."""
+    implementation = {
+        key: config.pop(key) for key in ("attn_implementation", "experts_implementation") if key in config
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[model_type](**{**_COMMON, **config}), attn_implementation=attention
+            CONFIG_MAPPING[model_type](**{**_COMMON, **config}), **{"attn_implementation": "sdpa", **implementation}
         )
         # Norm weights and biases start as constants; make every parameter matter.
         for parameter in model.parameters():
@@ -111,6 +113,13 @@ def keep_softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "softmax", precise)
 
 
+def tiny_mixtral(**kwargs) -> PreTrainedModel:
+    """Routed experts, sliding window everywhere."""
+    fields = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": SLIDING_WINDOW}
+    # The default grouped product of experts knows no float64.
+    return tiny_target("mixtral", **{"experts_implementation": "eager", **fields, **kwargs})
+
+
 ARCHITECTURES = {
     "llama": tiny_llama,
     "qwen2": tiny_qwen2,
@@ -121,4 +130,5 @@ ARCHITECTURES = {
     "phi3": tiny_phi3,
     "olmo2": tiny_olmo2,
     "granite": tiny_granite,
+    "mixtral": tiny_mixtral,
 }

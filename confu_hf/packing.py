@@ -1,0 +1,134 @@
+"""Linear layers whose weights are laid out once for oneDNN, for the few rows of a verify pass on the CPU.
+
+`F.linear` lays a weight out anew in every call, which for a few rows costs as much as the product itself. The packed
+copies take as much memory as the weights. Off the CPU, or without oneDNN, nothing is packed and nothing changes.
+When to pack is the caller's business: once before decoding, again when `is_stale()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Below this size the call costs more than packing saves.
+MIN_ELEMENTS = 2**17
+# With more rows (prefill) the product itself dominates, and its plain form is bit-identical to plain decoding.
+MAX_ROWS = 64
+_FINGERPRINT_ELEMENTS = 16
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A module, the packed copy of its weight, and what the weight was like when it was packed."""
+
+    module: nn.Linear
+    weight: Tensor
+    state: tuple[int, int | None]
+    fingerprint: Tensor
+
+
+class PackedLinears:
+    """Packed copies of the linear layers in `modules`, used while `active()`.
+
+    Taken are plain `nn.Linear`s with float32 or bfloat16 weights on the CPU. Subclasses (quantized layers), modules
+    with a `forward` of their own (accelerate hooks) and small weights are left alone. A weight that two modules
+    share is packed once. Results are those of `F.linear` up to rounding. `len()` is the number of layers packed.
+
+    Args:
+        modules: searched for linear layers, themselves included.
+        max_rows: calls with more rows than this use `F.linear`.
+        min_elements: weights with fewer elements are not packed.
+
+    Example:
+        packed = PackedLinears(target)
+        with packed.active():
+            target(...)
+    """
+
+    def __init__(self, *modules: nn.Module, max_rows: int = MAX_ROWS, min_elements: int = MIN_ELEMENTS) -> None:
+        self.max_rows = max_rows
+        self._packed: list[_Packed] = []
+        by_address: dict[int, Tensor] = {}
+        linears = {id(child): child for module in modules for child in module.modules() if _packable(child)}
+        for linear in linears.values():
+            weight = linear.weight.detach()
+            if weight.numel() < min_elements:
+                continue
+            packed = by_address.get(weight.data_ptr())
+            if packed is None:
+                packed = by_address[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self._packed.append(_Packed(linear, packed, _state(weight), _fingerprint(weight)))
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def is_stale(self) -> bool:
+        """Whether a weight has been replaced or changed since it was packed: pack again.
+
+        Writes through `weight.data`, as in merging LoRA adapters, leave address and version as they were; they are
+        noticed by a sample of 16 elements.
+        """
+        for packed in self._packed:
+            weight = packed.module.weight.detach()
+            if _state(weight) != packed.state or not torch.equal(_fingerprint(weight), packed.fingerprint):
+                return True
+        return False
+
+    @contextmanager
+    def active(self) -> Iterator[PackedLinears]:
+        """Within it the layers compute with their packed weights. Not for one model used by several threads."""
+        used = [packed.module for packed in self._packed if "forward" not in packed.module.__dict__]
+        forwards = {id(packed.module): _forward(packed, self.max_rows) for packed in self._packed}
+        try:
+            for module in used:
+                module.__dict__["forward"] = forwards[id(module)]
+            yield self
+        finally:
+            for module in used:
+                module.__dict__.pop("forward", None)
+
+
+def _packable(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or not torch.backends.mkldnn.is_available():
+        return False
+    weight = module.weight
+    if weight.dtype == torch.bfloat16:
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        supported = weight.dtype == torch.float32
+    # Exactly these two: tensor subclasses (quantized by torchao, sharded) have their own linear.
+    return supported and weight.device.type == "cpu" and type(weight) in (nn.Parameter, Tensor)
+
+
+def _state(weight: Tensor) -> tuple[int, int | None]:
+    return weight.data_ptr(), None if weight.is_inference() else weight._version
+
+
+def _fingerprint(weight: Tensor) -> Tensor:
+    """A few elements spread over rows and columns, a copy."""
+    rows = torch.linspace(0, weight.shape[0] - 1, _FINGERPRINT_ELEMENTS).long()
+    columns = torch.linspace(0, weight.shape[1] - 1, _FINGERPRINT_ELEMENTS).long()
+    return weight[rows, columns]
+
+
+def _forward(packed: _Packed, max_rows: int) -> Callable[[Tensor], Tensor]:
+    linear, weight = packed.module, packed.weight
+    dtype, features = weight.dtype, linear.in_features
+
+    def forward(input: Tensor) -> Tensor:
+        if (
+            input.numel() > max_rows * features
+            or input.dtype != dtype
+            or (torch.is_grad_enabled() and (input.requires_grad or linear.weight.requires_grad))
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        ):
+            return F.linear(input, linear.weight, linear.bias)
+        return torch.ops.mkldnn._linear_pointwise(input, weight, linear.bias, "none", [], "")
+
+    return forward

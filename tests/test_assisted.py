@@ -1,0 +1,486 @@
+"""The assistant's life: into and out of a target, to disk and back, and every way that leads to its decoding loop."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import pickle
+import shutil
+from threading import Thread
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import VOCAB_SIZE, tiny_llama, tiny_qwen3
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from confu_hf import ConFuAssistant, ConFuConfig, ConFuGenerationConfig
+from confu_hf.adapter import ConFuAdapterConfig
+
+PROMPT = torch.arange(3, 14)[None]
+DRAFT = {"draft_vocab_size": 50, "num_virtual_tokens": 4}
+
+
+@pytest.fixture
+def target():
+    return tiny_llama()
+
+
+@pytest.fixture
+def confu(target):
+    return ConFuAssistant.from_target(target, **DRAFT)
+
+
+@pytest.fixture
+def folder(confu, tmp_path):
+    """A saved pair."""
+    confu.generation_config.total_tokens = 7
+    confu.save_pretrained(tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+@pytest.fixture
+def tokenizer():
+    """One token per printable character."""
+    words = ["<pad>", "<s>", "</s>", *map(chr, range(33, 127))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    assert len(vocabulary) == VOCAB_SIZE
+    characters = Tokenizer(models.BPE(vocabulary, merges=[]))
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def plain(target, **kwargs):
+    return target.generate(PROMPT, **{"max_new_tokens": 24, **kwargs})
+
+
+def assisted(target, confu, **kwargs):
+    confu.stats = None
+    output = target.generate(PROMPT, assistant_model=confu, **{"max_new_tokens": 24, **kwargs})
+    assert confu.stats is not None, "the call went past the loop"
+    return output
+
+
+# --- into a target and out of it
+
+
+def snapshot(target):
+    return (
+        type(target),
+        dict(target.__dict__.get("_hf_hook", {})),
+        {name: parameter.clone() for name, parameter in target.state_dict().items()},
+        {name: parameter.requires_grad for name, parameter in target.named_parameters()},
+        hasattr(target, "peft_config"),
+        target._hf_peft_config_loaded,
+        set(target._keys_to_ignore_on_save or ()),
+        target(PROMPT).logits,
+    )
+
+
+def assert_same_snapshot(left, right):
+    assert left[2].keys() == right[2].keys()
+    assert all(torch.equal(left[2][key], right[2][key]) for key in left[2])
+    assert torch.equal(left[-1], right[-1])
+    assert left[:2] + left[3:-1] == right[:2] + right[3:-1]
+
+
+@pytest.mark.parametrize("contemplate", [True, False])
+def test_attach_and_detach_leave_no_trace(contemplate):
+    target = tiny_llama().requires_grad_(True)
+    target.model.norm.requires_grad_(False)
+    before = snapshot(target)
+    confu = ConFuAssistant.from_target(target, contemplate=contemplate, **DRAFT)
+    assert torch.equal(target(PROMPT).logits, before[-1])
+    assert type(target) is not before[0] and type(target).__qualname__ == before[0].__qualname__
+    assert isinstance(target, before[0]) and hasattr(target, "confu") == contemplate
+    assert confu.attach(target) is confu, "attaching again changes nothing"
+    assert confu.target is target
+    assert confu.detach() is target
+    assert_same_snapshot(snapshot(target), before)
+    assert confu.detach() is None
+
+
+def test_attaching_again_brings_the_same_adapter(target, confu):
+    weights = target.confu.adapter_weights("default")
+    confu.detach()
+    other = tiny_llama(seed=1)
+    confu.attach(other)
+    for name, weight in weights.items():
+        assert torch.equal(other.confu.adapter_weights("default")[name], weight)
+    with pytest.raises(
+        ValueError, match=r"attached to another model, expected a free one. Call confu.detach\(\) first"
+    ):
+        confu.attach(target)
+
+
+def test_the_adapter_outlives_its_target():
+    target = tiny_llama()
+    confu = ConFuAssistant.from_target(target, **DRAFT)
+    experts = target.confu.adapter_weights("default")["confu_experts"].clone()
+    del target
+    gc.collect()
+    assert confu.target is None, "an assistant does not keep its target in memory"
+    other = tiny_llama()
+    confu.attach(other)
+    assert torch.equal(other.confu.adapter_weights("default")["confu_experts"], experts)
+
+
+def test_two_assistants_share_a_target(target, confu):
+    expected = plain(target)
+    second = ConFuAssistant.from_target(target, num_virtual_tokens=2, draft_vocab_size=40)
+    eagle = ConFuAssistant.from_target(target, contemplate=False, draft_vocab_size=40)
+    assert set(target.confu.configs) == {"default", "default_1"}
+    lengths = []
+    target.confu.register_forward_hook(lambda layer, *_: lengths.append(layer.soft_prompt_length))
+    for assistant in (confu, second, eagle):
+        assert torch.equal(assisted(target, assistant, max_new_tokens=4), expected[:, : PROMPT.shape[1] + 4])
+    assert set(lengths) == {4, 2}, "each contemplates with its own adapter"
+    confu.detach()
+    assert torch.equal(assisted(target, second), expected)
+    second.detach()
+    assert torch.equal(assisted(target, eagle), expected)
+    eagle.detach()
+    assert type(target) is type(tiny_llama())
+
+
+def test_next_to_a_lora(target):
+    model = get_peft_model(target, LoraConfig(init_lora_weights=False))
+    expected = plain(model)
+    confu = ConFuAssistant.from_target(model, **DRAFT)
+    assert torch.equal(plain(model), expected)
+    assert torch.equal(assisted(model, confu), expected)
+    lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert all(parameter.requires_grad for parameter in lora)
+    confu.detach()
+    assert set(model.peft_config) == {"default"} and torch.equal(plain(model), expected)
+    merged = model.merge_and_unload()
+    confu.attach(merged)
+    assert confu.detach() is merged
+
+
+def test_trains_when_fresh_and_not_when_loaded(target, confu, folder):
+    assert all(parameter.requires_grad for parameter in target.confu.parameters())
+    assert not any(p.requires_grad for name, p in target.named_parameters() if not name.startswith("confu."))
+    other = tiny_llama()
+    ConFuAssistant.from_pretrained(folder, target=other)
+    assert not any(parameter.requires_grad for parameter in other.confu.parameters())
+
+
+# --- to disk and back
+
+
+def test_layout_on_disk(folder, confu):
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
+    keys = set(load_file(folder / "model.safetensors"))
+    assert keys == set(confu.state_dict()) and not any("embed" in key for key in keys)
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "CONFU" and config["inference_mode"]
+
+
+def assert_same_pair(left, right, left_target, right_target):
+    assert all(torch.equal(value, right.state_dict()[name]) for name, value in left.state_dict().items())
+    weights = right_target.confu.adapter_weights("default")
+    for name, weight in left_target.confu.adapter_weights("default").items():
+        assert torch.equal(weight, weights[name])
+
+
+def test_save_and_load_round_trip(folder, target, confu):
+    other = tiny_llama()
+    loaded = ConFuAssistant.from_pretrained(folder, target=other)
+    assert_same_pair(confu, loaded, target, other)
+    assert loaded.generation_config.total_tokens == 7 and isinstance(loaded.generation_config, ConFuGenerationConfig)
+    assert loaded.config.to_diff_dict() == confu.config.to_diff_dict()
+    assert loaded.dtype == torch.float64
+    assert torch.equal(assisted(other, loaded), plain(other))
+
+
+def test_load_first_attach_later(folder, target, confu):
+    loaded = ConFuAssistant.from_pretrained(folder, dtype="float64")
+    other = tiny_llama()
+    assert loaded.attach(other) is loaded
+    assert_same_pair(confu, loaded, target, other)
+
+
+def test_load_a_subfolder(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "repository" / "nested")
+    target = tiny_llama()
+    confu = ConFuAssistant.from_pretrained(tmp_path / "repository", subfolder="nested", target=target)
+    assert confu.generation_config.total_tokens == 7 and target.confu.soft_prompt_length == 4
+
+
+def test_load_by_hub_id(folder, tmp_path):
+    """A repository in the Hub's cache, as a download leaves it."""
+    repository = tmp_path / "cache" / "models--org--pair"
+    (repository / "refs").mkdir(parents=True)
+    commit = "0123456789" * 4
+    for revision in ("main", "v1"):
+        (repository / "refs" / revision).write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    for kwargs in ({}, {"revision": "v1", "token": "unused"}):
+        target = tiny_llama()
+        confu = ConFuAssistant.from_pretrained("org/pair", target=target, cache_dir=tmp_path / "cache", **kwargs)
+        assert confu.generation_config.total_tokens == 7 and target.confu.soft_prompt_length == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_draft_takes_the_targets_dtype(folder, dtype):
+    target = tiny_llama(dtype=dtype)
+    confu = ConFuAssistant.from_pretrained(folder, target=target)
+    assert confu.dtype == dtype and target.confu.prompt_weight().dtype == dtype
+    assert assisted(target, confu).shape == (1, PROMPT.shape[1] + 24)
+
+
+def test_auto_classes(folder):
+    assert isinstance(AutoConfig.from_pretrained(folder), ConFuConfig)
+    for auto in (AutoModel, AutoModelForCausalLM):
+        assert isinstance(auto.from_pretrained(folder), ConFuAssistant)
+
+
+def test_loading_info(folder):
+    confu, info = ConFuAssistant.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(confu, ConFuAssistant) and not info["missing_keys"]
+
+
+def test_eagle_checkpoint_has_no_adapter(target, tmp_path):
+    confu = ConFuAssistant.from_target(target, contemplate=False, draft_vocab_size=50)
+    confu.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter").exists()
+    other = tiny_llama()
+    loaded = ConFuAssistant.from_pretrained(tmp_path, target=other)
+    assert loaded.generation_config.contemplate is False
+    assert torch.equal(assisted(other, loaded), plain(other)) and loaded.stats.contemplate_tokens == 0
+
+
+def test_push_to_hub_uploads_the_adapter(confu, monkeypatch, tmp_path):
+    uploaded = []
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})()
+
+        def create_commit(self, repo_id, operations, **kwargs):
+            uploaded.append((repo_id, {operation.path_in_repo for operation in operations}))
+
+    card = type("Card", (), {"save": lambda self, path: open(path, "w").close()})()
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Api)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
+    files = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    files |= {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    confu.push_to_hub("pair")
+    confu.save_pretrained(tmp_path / "named", push_to_hub=True)
+    assert uploaded == [("me/pair", files), ("me/named", files)]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_both(target, confu, duplicate):
+    expected = plain(target)
+    twin_target, twin = duplicate(target), duplicate(confu)
+    assert type(twin_target) is type(target) and twin.target is None
+    assert torch.equal(assisted(twin_target, confu), expected), "an adapter that came along serves"
+    del twin_target
+    other = tiny_llama()
+    twin.attach(other)
+    assert_same_pair(confu, twin, target, other)
+    assert torch.equal(assisted(other, twin), expected)
+
+
+def test_target_saves_and_loads_as_ever(target, confu, tmp_path):
+    keys = set(tiny_llama().state_dict())
+    target.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == keys
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    again = type(target).from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(again(PROMPT).logits, target(PROMPT).logits)
+
+
+# --- the routes
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
+def test_greedy_equals_plain_generate(make):
+    target = make()
+    expected = plain(target)
+    assert torch.equal(assisted(target, ConFuAssistant.from_target(target, **DRAFT)), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sampling_is_seed_exact(target, confu, seed):
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}
+    torch.manual_seed(seed)
+    expected = plain(target, **options)
+    torch.manual_seed(seed)
+    assert torch.equal(assisted(target, confu, **options), expected)
+
+
+def test_peft_model_routes_to_the_loop(folder):
+    model = PeftModel.from_pretrained(tiny_llama(), folder, subfolder="adapter")
+    confu = ConFuAssistant.from_pretrained(folder, dtype="float64")
+    assert torch.equal(assisted(model, confu), plain(model))
+    assert confu.stats.contemplate_tokens > 0, "without attach(): the adapter that PEFT loaded serves"
+    weightless = ConFuAssistant(confu.config).double()
+    weightless.attach(model)
+    assert torch.equal(assisted(model, weightless), plain(model))
+    weightless.detach()
+    assert model.get_base_model().confu.current == "default", "what PEFT loaded stays"
+
+
+def test_native_adapter_routes_to_the_loop(folder):
+    target = tiny_llama()
+    target.load_adapter(str(folder), adapter_kwargs={"subfolder": "adapter"})
+    confu = ConFuAssistant.from_pretrained(folder, dtype="float64")
+    assert torch.equal(assisted(target, confu), plain(target)) and confu.stats.contemplate_tokens > 0
+    target.disable_adapters()
+    assert torch.equal(assisted(target, confu), plain(target)) and confu.stats.contemplate_tokens == 0
+
+
+def test_pipeline_routes_to_the_loop(target, confu, tokenizer):
+    arguments = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
+    expected = pipeline("text-generation", model=target, tokenizer=tokenizer)("hello", **arguments)
+    confu.stats = None
+    routed = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=confu)
+    assert routed("hello", **arguments) == expected and confu.stats is not None
+
+
+def test_other_assistants_pass_through(target, confu):
+    small = tiny_llama(num_hidden_layers=2)
+    expected = plain(target)
+    assert torch.equal(plain(target, assistant_model=small), expected)
+    assert torch.equal(plain(target, prompt_lookup_num_tokens=3), expected)
+    beams = plain(tiny_llama(), num_beams=2)
+    assert torch.equal(plain(target, num_beams=2), beams)
+    assert confu.stats is None
+
+
+def test_stop_strings(target, confu, tokenizer):
+    stop = tokenizer.decode(plain(target)[0, PROMPT.shape[1] + 10 :][:2])
+    assert len(stop) == 2
+    arguments = {"stop_strings": [stop], "tokenizer": tokenizer}
+    expected = plain(target, **arguments)
+    assert expected.shape[1] < PROMPT.shape[1] + 24
+    assert torch.equal(assisted(target, confu, **arguments), expected)
+
+
+def test_stopping_criteria_and_eos(target, confu):
+    class Longer(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] > PROMPT.shape[1] + 6])
+
+    criteria = StoppingCriteriaList([Longer()])
+    assert torch.equal(assisted(target, confu, stopping_criteria=criteria), plain(target, stopping_criteria=criteria))
+    eos = int(plain(target)[0, PROMPT.shape[1] + 9])
+    assert torch.equal(assisted(target, confu, eos_token_id=eos), plain(target, eos_token_id=eos))
+
+
+def test_streaming(target, confu, tokenizer):
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(target=assisted, args=(target, confu), kwargs={"streamer": streamer})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == tokenizer.decode(plain(target)[0, PROMPT.shape[1] :])
+
+
+def test_scores_and_logits(target, confu):
+    flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    left, right = plain(target, **flags), assisted(target, confu, **flags)
+    assert torch.equal(left.sequences, right.sequences)
+    torch.testing.assert_close(torch.stack(left.scores), torch.stack(right.scores))
+    torch.testing.assert_close(torch.stack(left.logits), torch.stack(right.logits))
+
+
+def test_second_turn_on_a_cache(target, confu):
+    cache = DynamicCache(config=target.config)
+    first = assisted(target, confu, past_key_values=cache, max_new_tokens=8)
+    assert 0 < cache.get_seq_length() < first.shape[1]
+    prompt = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
+    expected = target.generate(prompt, max_new_tokens=12)
+    again = target.generate(prompt, max_new_tokens=12, past_key_values=cache, assistant_model=confu)
+    assert torch.equal(again, expected)
+
+
+def test_left_padding(target, confu):
+    mask = (torch.arange(PROMPT.shape[1]) >= 3).long()[None]
+    assert torch.equal(assisted(target, confu, attention_mask=mask), plain(target, attention_mask=mask))
+
+
+# --- tree options
+
+
+@pytest.fixture
+def options_seen(monkeypatch):
+    """The options that reach the loop."""
+    seen = []
+    from confu_hf import generation
+
+    def loop(*args, **kwargs):
+        seen.append(args[7])
+        return real(*args, **kwargs)
+
+    real = generation.confu_generate
+    monkeypatch.setattr(generation, "confu_generate", loop)
+    return seen
+
+
+def test_options_travel(target, confu, options_seen):
+    expected = plain(target)
+    confu.generation_config.depth = 3
+    confu.generation_config.top_k = 4
+    config = GenerationConfig(max_new_tokens=24, total_tokens=9, top_k=50)
+    assert torch.equal(target.generate(PROMPT, generation_config=config, assistant_model=confu), expected)
+    arguments = {"total_tokens": 5, "depth": 2, "draft_top_k": 2, "contemplate_tokens": 3, "contemplate": False}
+    assert torch.equal(assisted(target, confu, **arguments), expected)
+    assert torch.equal(assisted(target, confu, do_sample=False, top_k=7), expected)
+    first, second, third = options_seen
+    assert (first.total_tokens, first.depth, first.top_k, first.contemplate) == (9, 3, 4, True)
+    assert (second.total_tokens, second.depth, second.top_k) == (5, 2, 2)
+    assert (second.contemplate_tokens, second.contemplate) == (3, False)
+    assert third.top_k == 4, "generate's own top_k is the sampler's"
+
+
+def test_none_for_contemplate_tokens_means_all(target, confu, options_seen):
+    confu.generation_config.contemplate_tokens = 2
+    assisted(target, confu, max_new_tokens=4)
+    assisted(target, confu, max_new_tokens=4, contemplate_tokens=None)
+    assert [options.contemplate_tokens for options in options_seen] == [2, None]
+
+
+def test_options_round_trip(confu, tmp_path):
+    config = confu.generation_config
+    config.total_tokens, config.depth, config.top_k, config.contemplate_tokens = 12, 4, 6, 3
+    confu.save_pretrained(tmp_path)
+    loaded = ConFuAssistant.from_pretrained(tmp_path).generation_config
+    for name in ("total_tokens", "depth", "top_k", "contemplate_tokens", "contemplate"):
+        assert getattr(loaded, name) == getattr(config, name)
+
+
+def test_options_without_an_assistant_are_refused_as_ever(target, confu):
+    with pytest.raises(ValueError, match="not used by the model: .*total_tokens"):
+        plain(target, total_tokens=3)
+
+
+def test_adapter_options_of_from_target(target):
+    ConFuAssistant.from_target(target, soft_prompt_type="embedding", num_experts=5, num_experts_per_token=3)
+    adapter = target.confu.config
+    assert isinstance(adapter, ConFuAdapterConfig)
+    assert (adapter.soft_prompt_type, adapter.num_experts, adapter.num_experts_per_token) == ("embedding", 5, 3)

@@ -1,0 +1,382 @@
+"""The table of errors: each says what was got, what was expected and what to do, and leaves the target usable."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llama, tiny_qwen3, tiny_target
+from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
+
+from confu_hf import ConFuAssistant
+from confu_hf.modeling_confu import ConFuDraftModel
+
+PROMPT = torch.arange(3, 14)[None]
+DRAFT = {"draft_vocab_size": 50, "num_virtual_tokens": 4}
+
+
+@pytest.fixture
+def target():
+    return tiny_llama()
+
+
+@pytest.fixture
+def confu(target):
+    return ConFuAssistant.from_target(target, **DRAFT)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    ConFuAssistant.from_target(tiny_llama(), **DRAFT).save_pretrained(tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+def refused(message, call, target, error=ValueError):
+    """`call()` raises `error` with all of `message` (got, expected, fix); the target still generates as before."""
+    with pytest.raises(error) as caught:
+        call()
+    text = " ".join(str(caught.value).split())
+    for part in message:
+        assert re.search(part, text), f"{part!r} is not in: {text}"
+    plain = tiny_llama().generate(PROMPT, max_new_tokens=6)
+    if type(target).__name__ == "LlamaForCausalLM" and target.config.to_dict() == tiny_llama().config.to_dict():
+        if target.dtype == torch.float64:
+            assert torch.equal(target.generate(PROMPT, max_new_tokens=6), plain)
+    else:
+        target(PROMPT)
+
+
+def generate(target, confu, prompt=PROMPT, **kwargs):
+    return lambda: target.generate(prompt, assistant_model=confu, **{"max_new_tokens": 6, **kwargs})
+
+
+# --- no adapter
+
+
+ATTACH = r"Call ConFuAssistant.from_pretrained\(path, target=model\) or confu.attach\(model\)"
+
+
+def test_a_target_that_was_never_attached(target, confu):
+    stranger = tiny_llama()
+    refused(
+        ["No ConFu adapter is attached to the target: got", "expected", ATTACH], generate(stranger, confu), stranger
+    )
+
+
+def test_a_target_without_adapter(target, confu):
+    other = tiny_llama()
+    ConFuAssistant.from_target(other, contemplate=False)
+    message = ["No ConFu adapter is attached to the target: got one without a ConFu adapter, expected", ATTACH]
+    refused(message, generate(other, confu), other)
+    assert generate(other, confu, contemplate=False)().shape[1] == PROMPT.shape[1] + 6
+
+
+def test_attach_without_any_adapter(confu):
+    other = tiny_llama()
+    bare = ConFuAssistant(confu.config).double()
+    refused(["No ConFu adapter is attached", "got one without", ATTACH], lambda: bare.attach(other), other)
+    assert type(other) is type(tiny_llama()), "a refused attachment changes nothing"
+
+
+def test_disabled_adapters_asked_to_contemplate(folder):
+    target = tiny_llama()
+    target.load_adapter(str(folder / "adapter"))
+    confu = ConFuAssistant.from_pretrained(folder, dtype="float64")
+    target.disable_adapters()
+    message = ["got one whose ConFu adapters are not active, expected the adapter"]
+    refused(message, generate(target, confu, contemplate=True), target)
+
+
+def test_an_assistant_cannot_write_by_itself(target, confu):
+    refused(["got a target that does not know its assistant", ATTACH], lambda: confu.generate(PROMPT), target)
+
+
+# --- another target
+
+
+@pytest.mark.parametrize(
+    ("other", "got", "expected"),
+    [
+        ({"hidden_size": 48}, "target_hidden_size=32", "48"),
+        ({"num_hidden_layers": 10}, "target_num_hidden_layers=8", "10"),
+        ({"vocab_size": 101}, "vocab_size=97", "101"),
+    ],
+)
+def test_draft_of_another_target(target, confu, folder, other, got, expected):
+    stranger = tiny_llama(**other)
+    message = [
+        "The ConFu draft was made for another target",
+        f"got {got}, expected {expected}",
+        "Load the pair trained",
+    ]
+    refused(message, lambda: ConFuAssistant.from_pretrained(folder, target=stranger), stranger)
+    confu.detach()
+    refused(message, lambda: confu.attach(stranger), stranger)
+    assert not hasattr(stranger, "confu") and not hasattr(stranger, "peft_config")
+    ConFuAssistant.from_target(stranger, **DRAFT)
+    refused(message, generate(stranger, confu), stranger)
+
+
+def test_draft_of_another_model_type(confu, target):
+    confu.detach()
+    stranger = tiny_qwen3()
+    refused(["got target_model_type='llama', expected 'qwen3'"], lambda: confu.attach(stranger), stranger)
+
+
+def test_adapter_of_another_target_in_the_repository(folder, tmp_path):
+    other = ConFuAssistant.from_target(tiny_llama(num_key_value_heads=4), **DRAFT)
+    other.save_pretrained(tmp_path / "other")
+    shutil.rmtree(folder / "adapter")
+    shutil.copytree(tmp_path / "other" / "adapter", folder / "adapter")
+    target = tiny_llama()
+    message = ["The ConFu adapter was made for another target", "got num_key_value_heads=4, expected 2", "Load the"]
+    refused(message, lambda: ConFuAssistant.from_pretrained(folder, target=target), target)
+    assert not hasattr(target, "confu") and type(target) is type(tiny_llama())
+
+
+def test_adapter_with_other_layers_than_the_draft(target):
+    ConFuAssistant.from_target(target, target_layer_ids=[1, 2, 3])
+    stranger = ConFuAssistant.from_target(tiny_llama(), target_layer_ids=[2, 4, 5])
+    message = [r"got target_layer_ids=\[1, 2, 3\], expected \[2, 4, 5\], those of the draft", "the same repository"]
+    refused(message, generate(target, stranger), target)
+
+
+# --- placement
+
+
+def test_wrong_dtype(target, confu):
+    message = [
+        "differ in dtype: got a draft in torch.float32, expected torch.float64",
+        r"Call confu.to\(torch.float64\)",
+    ]
+    refused(message, generate(target, confu.float()), target)
+    assert generate(target, confu.double())().shape[1] == PROMPT.shape[1] + 6
+
+
+def test_wrong_device(target, confu):
+    message = ["on different devices: got a draft on meta, expected cpu", r'Call confu.to\("cpu"\)']
+    refused(message, generate(target, confu.to("meta")), target)
+
+
+# --- what is asked of generate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 3}, ["got num_beams=3, expected 1", "Set num_beams=1"]),
+        (
+            {"do_sample": True, "num_return_sequences": 2},
+            ["got num_return_sequences=2, expected 1", "once per sequence"],
+        ),
+        ({"use_cache": False}, ["got use_cache=False, expected True", "Set use_cache=True"]),
+        (
+            {"cache_implementation": "static"},
+            ["got cache_implementation='static', expected None or 'dynamic'", "Leave out"],
+        ),
+        ({"cache_implementation": "offloaded"}, ["got cache_implementation='offloaded'"]),
+        ({"return_dict_in_generate": True, "output_attentions": True}, ["got output_attentions=True, expected False"]),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, ["got output_hidden_states=True"]),
+        ({"prompt_lookup_num_tokens": 3}, ["got prompt_lookup_num_tokens=3, expected None", "one way of drafting"]),
+        ({"synced_gpus": True}, ["got synced_gpus=True, expected", "Leave out the assistant"]),
+        ({"position_ids": torch.arange(5, 16)[None]}, ["position_ids other than those of the attention mask"]),
+        ({"labels": PROMPT}, [r"got model inputs \['labels'\], expected none but", "Leave them out"]),
+    ],
+)
+def test_what_generate_is_asked(target, confu, arguments, message):
+    refused(["generate with a ConFu assistant", *message], generate(target, confu, **arguments), target)
+    assert generate(target, confu)().shape[1] == PROMPT.shape[1] + 6
+
+
+def test_batches(target, confu):
+    message = ["got a batch of 2 prompts, expected one prompt. Call generate once per prompt"]
+    refused(message, generate(target, confu, prompt=PROMPT.repeat(2, 1)), target)
+
+
+def test_static_cache(target, confu):
+    cache = StaticCache(config=target.config, max_cache_len=64)
+    message = ["got past_key_values of type StaticCache, expected a DynamicCache, or none. Pass DynamicCache"]
+    refused(message, generate(target, confu, past_key_values=cache), target)
+
+
+def test_a_prompt_without_its_cached_part(target, confu):
+    cache = DynamicCache(config=target.config)
+    target(PROMPT, past_key_values=cache)
+    message = ["got 2 input_ids on top of a cache of 11 tokens, expected the whole prompt", "Pass the ids of the"]
+    mask = torch.ones(1, 13, dtype=torch.long)
+    call = generate(target, confu, prompt=torch.tensor([[5, 6]]), past_key_values=cache, attention_mask=mask)
+    refused(message, call, target)
+    assert cache.get_seq_length() == 11
+
+
+def test_embeddings_instead_of_ids(target, confu):
+    embeddings = target.get_input_embeddings()(PROMPT)
+    call = lambda: target.generate(inputs_embeds=embeddings, assistant_model=confu, max_new_tokens=6)  # noqa: E731
+    refused(["got inputs_embeds, expected input_ids. Pass token ids"], call, target)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_tokens": -1}, "got total_tokens=-1, expected an integer of at least 0. Set"),
+        ({"total_tokens": 2.5}, "got total_tokens=2.5, expected an integer"),
+        ({"total_tokens": True}, "got total_tokens=True, expected an integer"),
+        ({"depth": 0}, "got depth=0, expected an integer of at least 1"),
+        ({"draft_top_k": 0}, "got top_k=0, expected an integer of at least 1, at most 50. Set .* pass `draft_top_k`"),
+        ({"draft_top_k": 51}, "got top_k=51, expected an integer of at least 1, at most 50"),
+        ({"contemplate_tokens": 0}, "got contemplate_tokens=0, expected an integer of at least 1, at most 31"),
+        ({"contemplate_tokens": 9, "total_tokens": 7}, "got contemplate_tokens=9, expected .* at most 8"),
+        ({"contemplate": "yes"}, "got contemplate='yes', expected one of"),
+        ({"pack_weights": 1}, "got pack_weights=1, expected one of"),
+    ],
+)
+def test_tree_options(target, confu, options, message):
+    refused(["Tree options: " + message], generate(target, confu, **options), target)
+    for name, value in options.items():
+        setattr(confu.generation_config, name.removeprefix("draft_"), value)
+    refused(["Tree options: " + message], generate(target, confu), target)
+
+
+def test_eagle_draft_asked_to_contemplate():
+    target = tiny_llama()
+    eagle = ConFuAssistant.from_target(target, contemplate=False, draft_vocab_size=50)
+    message = ["This draft cannot contemplate: got contemplate=True for an EAGLE-3 draft", "Load a ConFu pair"]
+    refused(message, generate(target, eagle, contemplate=True), target)
+
+
+# --- architectures
+
+
+def test_state_space_target():
+    target = tiny_target("mamba", state_size=4, attn_implementation="eager")
+    for call in (
+        lambda: ConFuAssistant.from_target(target),
+        lambda: ConFuAssistant.from_target(target, contemplate=False),
+    ):
+        with pytest.raises(ValueError, match="MambaForCausalLM|num_attention_heads"):
+            call()
+    assert type(target).__mro__[0] is type(tiny_target("mamba", state_size=4, attn_implementation="eager"))
+    assert target.generate(PROMPT, max_new_tokens=3).shape[1] == PROMPT.shape[1] + 3
+
+
+def test_encoder_decoder_target(confu, folder):
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    target = T5ForConditionalGeneration(config).eval()
+    for call in (
+        lambda: ConFuAssistant.from_target(target),
+        lambda: ConFuAssistant.from_pretrained(folder, target=target),
+        lambda: ConFuAssistant.from_pretrained(folder).attach(target),
+    ):
+        with pytest.raises(ValueError, match="is an encoder-decoder, expected a decoder-only model. Load"):
+            call()
+    assert target.generate(PROMPT, max_new_tokens=3).shape == (1, 4)
+
+
+def test_something_that_is_no_model(confu):
+    confu.detach()
+    with pytest.raises(ValueError, match="got a Linear, expected a Transformers model or a PeftModel"):
+        confu.attach(torch.nn.Linear(2, 2))
+
+
+# --- files
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def corrupt(path):
+    path.write_bytes(b"\xff" * 64)
+
+
+@pytest.mark.parametrize("damage", [truncate, corrupt])
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("with_target", [True, False])
+def test_damaged_files(folder, damage, name, with_target):
+    damage(folder / name)
+    target = tiny_llama()
+    message = [
+        f"{folder}.*got a corrupted or truncated file",
+        "expected a complete safetensors file",
+        "download it again",
+    ]
+    kwargs = {"target": target} if with_target else {}
+    refused(message, lambda: ConFuAssistant.from_pretrained(folder, **kwargs), target)
+    assert not hasattr(target, "confu") and type(target) is type(tiny_llama())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "got .* expected config.json and model.safetensors among them. Pass the folder"),
+        ("model.safetensors", "got .* expected config.json and model.safetensors among them. Pass the folder"),
+        ("adapter/adapter_config.json", "got no adapter/ with adapter_config.json and adapter_model.safetensors"),
+        (
+            "adapter/adapter_model.safetensors",
+            "got no adapter/ with adapter_config.json and adapter_model.safetensors",
+        ),
+    ],
+)
+def test_missing_files(folder, name, message):
+    (folder / name).unlink()
+    target = tiny_llama()
+    call = lambda: ConFuAssistant.from_pretrained(folder, target=target)  # noqa: E731
+    refused([message], call, target, error=FileNotFoundError)
+    if name.startswith("adapter"):
+        assert ConFuAssistant.from_pretrained(folder)._adapter is None, "without a target, the adapter may come later"
+
+
+def test_missing_folder(target):
+    call = lambda: ConFuAssistant.from_pretrained("/nowhere/at/all", target=target)  # noqa: E731
+    refused(["/nowhere/at/all"], call, target, error=OSError)
+
+
+def rewrite(path, change):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w["fc.weight"].fill_(float("nan")), "`fc.weight` .* got NaN or infinite weights, expected finite"),
+        (lambda w: w.pop("fc.weight"), r"got missing keys: \['fc.weight'\], expected exactly"),
+        (lambda w: w.update(other=torch.zeros(1)), r"got unexpected keys: \['other'\], expected exactly"),
+    ],
+)
+def test_draft_weights(folder, change, message):
+    rewrite(folder / "model.safetensors", change)
+    target = tiny_llama()
+    refused([message, "ownload it again"], lambda: ConFuAssistant.from_pretrained(folder, target=target), target)
+
+
+def test_nan_in_the_adapter_file(folder):
+    key = "base_model.model.confu.confu_experts.weight"
+    rewrite(folder / "adapter" / "adapter_model.safetensors", lambda w: w[key].fill_(float("inf")))
+    target = tiny_llama()
+    message = [
+        "`confu_experts` of .*got NaN or infinite weights, expected finite numbers",
+        "Download the adapter again",
+    ]
+    refused(message, lambda: ConFuAssistant.from_pretrained(folder, target=target), target)
+
+
+def test_an_adapter_that_transformers_loaded_is_checked_before_use(folder):
+    """`load_adapter` has no hook after its loading: what it left out or loaded as NaN is seen by `generate`."""
+    key = "base_model.model.confu.confu_experts.weight"
+    rewrite(folder / "adapter" / "adapter_model.safetensors", lambda weights: weights.pop(key))
+    target = tiny_llama()
+    target.load_adapter(str(folder / "adapter"))
+    confu = ConFuAssistant(ConFuAssistant.config_class.from_pretrained(folder)).double()
+    message = ["`confu_experts` of adapter 'default' on the target: got NaN or infinite weights"]
+    refused(message, generate(target, confu), target)
+
+
+def test_a_bare_draft_is_no_assistant(target, confu):
+    draft = ConFuDraftModel(confu.config).double()
+    message = ["got a ConFuDraftModel, expected a ConFuAssistant. Load it with ConFuAssistant.from_pretrained"]
+    refused(message, generate(target, draft), target)

@@ -1,0 +1,337 @@
+"""The promise of the project: `generate(assistant_model=confu)` writes what plain `generate` writes, in fewer target
+passes.
+
+A random draft is hardly ever right, so most tests draft with an oracle that asks the target itself and is wrong on
+    purpose now and then: paths get long, and
+every branch of the loop is walked.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+
+from confu_hf import ConFuAssistant, generation
+from confu_hf.drafting import DraftRound
+
+PROMPT = torch.tensor([[5, 17, 33, 8, 61, 12, 90, 44, 23, 7, 3]])
+LENGTHS = {"max_new_tokens": 32, "pad_token_id": 0}
+
+
+def make_assistant(model, **config) -> ConFuAssistant:
+    """An untrained pair whose every weight matters (fresh ones keep the future token's skip connection at zero)."""
+    assistant = ConFuAssistant.from_target(model, draft_vocab_size=VOCAB_SIZE, **config)
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        for parameter in [*assistant.parameters(), *getattr(model, "confu", torch.nn.Module()).parameters()]:
+            if parameter.ndim > 1:
+                parameter.data.normal_(0, 0.3)
+    return assistant
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """Drafts with the target itself: its likeliest tokens, but the best two swapped at every third row of a layer."""
+
+    class OracleRound(DraftRound):
+        model = None
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.paths = None
+
+        def step(self, tokens, parents):
+            super().step(tokens, parents)  # the real draft runs too: its caches and masks are exercised
+            if self.paths is None:
+                self.paths = [OracleRound.prefix[0].tolist()]
+            else:
+                rows = zip(parents[0].tolist(), tokens[0].tolist(), strict=True)
+                self.paths = [self.paths[parent] + [token] for parent, token in rows]
+            logits = OracleRound.model(torch.tensor(self.paths)).logits[:, -1].float()
+            log_probs, children = logits.log_softmax(-1).topk(self.top_k, dim=-1)
+            if self.steps % 3 == 0:
+                children = children.roll(1, dims=-1)
+            return children[None], log_probs[None]
+
+    grow = generation.Decoder._grow
+
+    def remember_prefix(self, state):
+        OracleRound.model, OracleRound.prefix = self.model, state.input_ids
+        return grow(self, state)
+
+    monkeypatch.setattr(generation.Decoder, "_grow", remember_prefix)
+    monkeypatch.setattr(generation, "DraftRound", OracleRound)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "options", [{}, {"contemplate_tokens": 2}, {"contemplate": False}], ids=["all", "two", "eagle3"]
+)
+def test_greedy_is_identical(name, options, oracle):
+    model = ARCHITECTURES[name]()
+    expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
+    assistant = make_assistant(model)
+    got = model.generate(
+        PROMPT,
+        do_sample=False,
+        assistant_model=assistant,
+        total_tokens=12,
+        depth=4,
+        draft_top_k=3,
+        **options,
+        **LENGTHS,
+    )
+    assert got.tolist() == expected.tolist()
+    if expected.shape[1] - PROMPT.shape[1] > 8:
+        assert assistant.stats.mean_accepted_length > 2.5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_greedy_is_identical_with_the_real_draft(name):
+    model = ARCHITECTURES[name]()
+    expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
+    for soft_prompt_type in ("kv", "embedding"):
+        assistant = make_assistant(model, soft_prompt_type=soft_prompt_type)
+        got = model.generate(PROMPT, do_sample=False, assistant_model=assistant, **LENGTHS)
+        assert got.tolist() == expected.tolist()
+        assistant.detach()
+
+
+def test_sampling_is_seed_exact(oracle):
+    model = tiny_llama()
+    assistant = make_assistant(model)
+    settings = [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 11},
+        {"temperature": 0.9, "top_p": 0.8},
+        {"temperature": 0.8, "repetition_penalty": 1.3, "top_k": 30, "top_p": 0.9},
+    ]
+    lengths = {"max_new_tokens": 10, "pad_token_id": 0}
+    accepted = []
+    for seed in range(200):
+        arguments = {"do_sample": True, **settings[seed % len(settings)], **lengths}
+        torch.manual_seed(seed)
+        expected = model.generate(PROMPT, **arguments)
+        after = torch.rand(())
+        torch.manual_seed(seed)
+        got = model.generate(PROMPT, assistant_model=assistant, total_tokens=10, depth=3, draft_top_k=4, **arguments)
+        assert got.tolist() == expected.tolist(), f"seed {seed}, {arguments}"
+        assert torch.rand(()) == after, "the global random stream was used differently"
+        accepted.append(assistant.stats.new_tokens / (1 + assistant.stats.rounds))
+    assert sum(accepted) / len(accepted) > 1.3
+
+
+def test_a_wrong_prefix_would_be_noticed(oracle, monkeypatch):
+    """Negative control: a verify pass whose tree positions are off by one changes the text."""
+    model = tiny_llama()
+    expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
+    layout = generation.verify_layout
+
+    def shifted(tree, nodes, *, committed_position_ids, soft_prompt_length):
+        return layout(
+            tree, nodes, committed_position_ids=committed_position_ids - 1, soft_prompt_length=soft_prompt_length
+        )
+
+    monkeypatch.setattr(generation, "verify_layout", shifted)
+    got = model.generate(PROMPT, do_sample=False, assistant_model=make_assistant(model), **LENGTHS)
+    assert got.tolist() != expected.tolist()
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 7])
+def test_max_new_tokens_is_exact(new_tokens, oracle):
+    model = tiny_llama()
+    got = model.generate(PROMPT, assistant_model=make_assistant(model), max_new_tokens=new_tokens, do_sample=False)
+    assert got.shape[1] == PROMPT.shape[1] + new_tokens
+
+
+def test_stops_at_the_first_end_token_of_a_block(oracle):
+    model = tiny_llama()
+    free = model.generate(PROMPT, do_sample=False, eos_token_id=-1, **LENGTHS)[0, PROMPT.shape[1] :].tolist()
+    assistant = make_assistant(model)
+    for end in sorted(set(free), key=free.index)[:10]:
+        expected = model.generate(PROMPT, do_sample=False, eos_token_id=end, **LENGTHS)
+        got = model.generate(PROMPT, do_sample=False, eos_token_id=end, assistant_model=assistant, **LENGTHS)
+        assert got.tolist() == expected.tolist()
+        assert assistant.stats.new_tokens == free.index(end) + 1
+
+
+class _StopAtSum(StoppingCriteria):
+    """A custom criterion: the new tokens add up to a multiple of `number`."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, PROMPT.shape[1] :].sum(-1) % self.number == 0
+
+
+@pytest.mark.parametrize("number", [3, 7, 13])
+def test_custom_stopping_criteria_stop_inside_a_block(number, oracle):
+    model = tiny_llama()
+    criteria = StoppingCriteriaList([_StopAtSum(number)])
+    expected = model.generate(PROMPT, do_sample=False, stopping_criteria=criteria, **LENGTHS)
+    got = model.generate(
+        PROMPT, do_sample=False, stopping_criteria=criteria, assistant_model=make_assistant(model), **LENGTHS
+    )
+    assert got.tolist() == expected.tolist()
+
+
+@pytest.fixture
+def tokenizer():
+    """One visible character per token."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB_SIZE]
+    raw = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def test_stop_strings(oracle, tokenizer):
+    model = tiny_llama()
+    free = model.generate(PROMPT, do_sample=False, **LENGTHS)[0, PROMPT.shape[1] :].tolist()
+    assistant = make_assistant(model)
+    for start in range(1, 9, 2):
+        stop = tokenizer.decode(free[start : start + 2])  # two tokens: they may lie in two blocks
+        arguments = {"do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer, **LENGTHS}
+        expected = model.generate(PROMPT, **arguments)
+        got = model.generate(PROMPT, assistant_model=assistant, **arguments)
+        assert got.tolist() == expected.tolist()
+        assert expected.shape[1] < PROMPT.shape[1] + len(free)
+
+
+def test_streamers_get_every_token_once_and_in_order(oracle, tokenizer, capsys):
+    model = tiny_llama()
+    expected = tokenizer.decode(model.generate(PROMPT, do_sample=False, **LENGTHS)[0, PROMPT.shape[1] :])
+    assistant = make_assistant(model)
+    model.generate(
+        PROMPT,
+        do_sample=False,
+        assistant_model=assistant,
+        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        **LENGTHS,
+    )
+    assert capsys.readouterr().out.removesuffix("\n") == expected
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    model.generate(PROMPT, do_sample=False, assistant_model=assistant, streamer=streamer, **LENGTHS)
+    assert "".join(streamer) == expected
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_scores_and_logits_are_those_of_plain_decoding(do_sample, oracle):
+    model = tiny_llama()
+    arguments = {
+        "do_sample": do_sample,
+        "repetition_penalty": 1.2,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        **LENGTHS,
+    }
+    assistant = make_assistant(model)
+    torch.manual_seed(3)
+    expected = model.generate(PROMPT, **arguments)
+    torch.manual_seed(3)
+    got = model.generate(PROMPT, assistant_model=assistant, **arguments)
+    assert got.sequences.tolist() == expected.sequences.tolist()
+    for name in ("scores", "logits"):
+        assert len(got[name]) == len(expected[name])
+        for ours, theirs in zip(got[name], expected[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("passed_in", [False, True])
+def test_a_second_turn_on_the_returned_cache_equals_a_fresh_run(name, passed_in, oracle):
+    model = ARCHITECTURES[name]()
+    assistant = make_assistant(model)
+    arguments = {"do_sample": False, "assistant_model": assistant, "return_dict_in_generate": True, **LENGTHS}
+    cache = {"past_key_values": DynamicCache(config=model.config)} if passed_in else {}
+    first = model.generate(PROMPT, **cache, **arguments)
+    if passed_in:
+        assert first.past_key_values is cache["past_key_values"]
+    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    second_prompt = torch.cat([first.sequences, torch.tensor([[9, 31, 4]])], dim=1)
+    fresh = model.generate(second_prompt, do_sample=False, **LENGTHS)
+    second = model.generate(second_prompt, past_key_values=first.past_key_values, **arguments)
+    assert second.sequences.tolist() == fresh.tolist()
+    third_prompt = torch.cat([second.sequences, torch.tensor([[2 + 40, 6]])], dim=1)
+    plain = model.generate(third_prompt, past_key_values=second.past_key_values, do_sample=False, **LENGTHS)
+    assert plain.tolist() == model.generate(third_prompt, do_sample=False, **LENGTHS).tolist()
+
+
+def test_left_padding(oracle):
+    model = tiny_llama()
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), PROMPT], dim=1)
+    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(PROMPT)], dim=1)
+    expected = model.generate(padded, attention_mask=mask, do_sample=False, **LENGTHS)
+    assistant = make_assistant(model)
+    got = model.generate(padded, attention_mask=mask, do_sample=False, assistant_model=assistant, **LENGTHS)
+    assert got.tolist() == expected.tolist()
+    assert assistant.stats.mean_accepted_length > 2
+
+
+def test_the_future_of_the_last_accepted_node_reaches_the_draft(monkeypatch):
+    """Without a contemplate token on the node itself, its nearest ancestor's future is used; in EAGLE-3 mode none."""
+    seen = []
+    real = generation.DraftRound.__init__
+
+    def spy(self, *args, future, **kwargs):
+        seen.append(future)
+        real(self, *args, future=future, **kwargs)
+
+    monkeypatch.setattr(generation.DraftRound, "__init__", spy)
+    model = tiny_llama()
+    assistant = make_assistant(model)
+    model.generate(PROMPT, do_sample=False, assistant_model=assistant, **LENGTHS)
+    assert seen[0] is None
+    assert all(future is not None and future.shape == (1, 96) for future in seen[1:])
+    assert not torch.equal(seen[1], seen[2])
+    seen.clear()
+    model.generate(PROMPT, do_sample=False, assistant_model=assistant, contemplate=False, **LENGTHS)
+    assert seen and all(future is None for future in seen)
+
+
+def test_stats_count_what_happened(oracle):
+    model = tiny_llama()
+    assistant = make_assistant(model)
+    model.generate(
+        PROMPT,
+        do_sample=False,
+        assistant_model=assistant,
+        total_tokens=6,
+        depth=3,
+        draft_top_k=2,
+        contemplate_tokens=2,
+        eos_token_id=-1,
+        **LENGTHS,
+    )
+    stats = assistant.stats
+    assert stats.new_tokens == 32
+    # The first token comes out of prefill, the others out of rounds.
+    assert stats.mean_accepted_length == pytest.approx((stats.new_tokens - 1) / stats.rounds)
+    assert stats.mean_accepted_length == pytest.approx(1 + sum(stats.acceptance_by_depth))
+    assert list(stats.acceptance_by_depth) == sorted(stats.acceptance_by_depth, reverse=True)
+    assert stats.rounds < stats.verified_nodes <= 7 * stats.rounds
+    assert 0 < stats.contemplate_tokens <= 2 * stats.rounds
+    assert min(stats.seconds_draft, stats.seconds_verify, stats.seconds_rest) > 0
+    with pytest.raises(AttributeError):
+        stats.rounds = 0
+
+
+def test_no_drafted_tokens_is_plain_decoding():
+    model = tiny_llama()
+    assistant = make_assistant(model)
+    expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
+    got = model.generate(PROMPT, do_sample=False, assistant_model=assistant, total_tokens=0, **LENGTHS)
+    assert got.tolist() == expected.tolist()
+    assert assistant.stats.mean_accepted_length == 1.0

@@ -1,0 +1,156 @@
+"""Packed linear layers compute what the plain ones do, and leave no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from torch import nn
+
+from confu_hf.packing import PackedLinears
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def pack(*modules: nn.Module, **kwargs) -> PackedLinears:
+    return PackedLinears(*modules, **{"min_elements": 0, **kwargs})
+
+
+def linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(48, 80, bias=bias, dtype=dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 1, 48), (1, 9, 48), (2, 17, 48), (1, 65, 48)])
+@torch.no_grad()
+def test_equal_to_the_plain_layer_up_to_rounding(dtype, bias, shape):
+    layer, x = linear(bias, dtype), torch.randn(shape).to(dtype)
+    packed = pack(layer)
+    with packed.active():
+        got = layer(x)
+    assert len(packed) == 1 and got.shape == (*shape[:-1], 80) and got.dtype == dtype
+    torch.testing.assert_close(got, layer(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def test_strided_and_empty_inputs():
+    layer = linear()
+    with pack(layer).active():
+        for x in (torch.randn(48, 6).t(), torch.randn(1, 6, 96)[..., ::2], torch.randn(1, 0, 48)):
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@dtypes
+@torch.no_grad()
+def test_a_whole_model_with_a_tied_head(dtype):
+    model = tiny_llama(dtype=dtype, tie_word_embeddings=True)
+    ids = torch.arange(3, 12)[None]
+    packed, plain = pack(model), model(ids).logits
+    assert len(packed) == 8 * 7 + 1
+    with packed.active():
+        got = model(ids).logits
+    tolerance = 30 * TOLERANCE[dtype]  # rounding grows through eight layers
+    torch.testing.assert_close(got, plain, rtol=tolerance, atol=tolerance)
+    assert torch.equal(model(ids).logits, plain)
+
+
+@torch.no_grad()
+def test_the_packed_copy_is_what_is_used():
+    layer, x = linear(), torch.randn(4, 48)
+    packed, expected = pack(layer), layer(x)
+    layer.weight.zero_()
+    with packed.active():
+        torch.testing.assert_close(layer(x), expected)
+    assert not torch.allclose(layer(x), expected)
+
+
+@torch.no_grad()
+def test_a_shared_weight_is_packed_once():
+    first, second = linear(), linear()
+    second.weight = first.weight
+    packed = pack(nn.ModuleList([first, second]), first)
+    assert len(packed) == 2 and packed._packed[0].weight is packed._packed[1].weight
+
+
+def test_forward_is_put_back_even_after_an_exception():
+    layer = linear()
+    packed = pack(layer)
+    with pytest.raises(RuntimeError, match="stop"), packed.active():
+        assert "forward" in layer.__dict__
+        raise RuntimeError("stop")
+    assert "forward" not in layer.__dict__
+    with packed.active(), packed.active():
+        pass
+    assert "forward" not in layer.__dict__
+
+
+class QuantizedLinear(nn.Linear):
+    """Stands for the linear layers of quantization libraries."""
+
+
+def test_foreign_layers_are_left_alone():
+    hooked = linear()
+    hooked.forward = lambda x: x
+    others = [QuantizedLinear(48, 80), linear().double(), linear().half(), linear().to("meta"), nn.Conv1d(3, 3, 1)]
+    assert len(pack(hooked, *others)) == 0
+    assert len(pack(linear(), min_elements=48 * 80 + 1)) == 0
+
+
+def test_a_hook_added_after_packing_is_kept():
+    layer = linear()
+    packed = pack(layer)
+    layer.forward = lambda x: x
+    with packed.active():
+        assert layer(1) == 1
+    assert layer(1) == 1
+
+
+def test_without_onednn_nothing_is_packed(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert len(pack(linear())) == 0
+
+
+def test_gradients_other_dtypes_and_many_rows_use_the_plain_path():
+    layer, x = linear(), torch.randn(9, 48)
+    with pack(layer).active():
+        layer(x).sum().backward()
+        torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(80, -1))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.double())
+    many = torch.randn(65, 48)
+    with torch.no_grad(), pack(layer).active():
+        got = layer(many)
+    assert torch.equal(got, layer(many))
+
+
+@torch.no_grad()
+def test_changed_weights_are_noticed():
+    def changed(change) -> bool:
+        layer = linear()
+        packed = pack(layer)
+        assert not packed.is_stale()
+        change(layer)
+        return packed.is_stale()
+
+    assert changed(lambda layer: layer.weight.mul_(2))
+    assert changed(lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.clone())))
+    assert changed(lambda layer: layer.weight.data.add_(1))  # as PEFT merges adapters: no new version, same address
+    assert changed(lambda layer: layer.to(torch.bfloat16))
+    assert not changed(lambda layer: layer.bias.add_(1))
+
+
+@torch.no_grad()
+def test_a_changed_bias_needs_no_packing():
+    layer, x = linear(), torch.randn(4, 48)
+    packed = pack(layer)
+    layer.bias.add_(1)
+    with packed.active():
+        got = layer(x)
+    torch.testing.assert_close(got, layer(x))
