@@ -301,7 +301,7 @@ class TreeCache(Cache):
         return new
 
     def export_to(self, cache: Cache) -> None:
-        """Overwrite a DynamicCache or TreeCache with the committed tokens, as if an ordinary forward pass had filled it."""
+        """Overwrite a DynamicCache or TreeCache with the committed tokens, as a plain forward pass would fill it."""
         while len(cache.layers) < len(self.layers) and cache.layer_class_to_replicate is not None:
             cache.layers.append(cache.layer_class_to_replicate())
         if len(cache.layers) != len(self.layers):

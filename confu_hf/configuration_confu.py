@@ -94,7 +94,7 @@ class ConFuConfig(PreTrainedConfig):
             refuse(
                 f"target_layer_ids={ids} for a target of {layers} layers",
                 f"three increasing indices in [0, {layers - 1}]; "
-                "a target of fewer than 6 layers needs them given explicitly",
+                "a target of fewer than 7 layers needs them given explicitly",
             )
         if self.hidden_size != self.target_hidden_size:
             refuse(

@@ -60,20 +60,20 @@ class FeatureStore:
 
     def holds(self, index: Tensor) -> bool:
         """Whether all sequences `index` `(B,)` are known."""
-        return bool(self.known[index.numpy()].all())
+        return bool(self.known[index.cpu().numpy()].all())
 
     def write(self, index: Tensor, attention_mask: Tensor, states: Tensor, choices: Tensor) -> None:
-        """Keep `states` `(B, N, 4 d)` bfloat16 and `choices` `(B, N)` long of right-padded sequences `index`
-        `(B,)`."""
+        """Keep `states` `(B, N, 4 d)`, rounded to bfloat16, and `choices` `(B, N)` long of right-padded sequences
+        `index` `(B,)`."""
         for row, (sequence, length) in enumerate(zip(index.tolist(), attention_mask.sum(-1).tolist(), strict=True)):
             part = slice(self.starts[sequence], self.starts[sequence] + length)
-            self.states[part] = states[row, :length].to(torch.bfloat16).view(torch.int16).numpy()
-            self.choices[part] = choices[row, :length].numpy()
+            self.states[part] = states[row, :length].to("cpu", torch.bfloat16).view(torch.int16).numpy()
+            self.choices[part] = choices[row, :length].cpu().numpy()
             self.known[sequence] = 1
 
     def read(self, index: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """`states` `(B, length, 4 d)` bfloat16 and `choices` `(B, length)` long, zeros behind the end of a
-        sequence."""
+        """`states` `(B, length, 4 d)` bfloat16 and `choices` `(B, length)` long, on the CPU, zeros behind the end of
+        a sequence."""
         states = torch.zeros(len(index), length, self.states.shape[1], dtype=torch.bfloat16)
         choices = torch.zeros(len(index), length, dtype=torch.long)
         for row, sequence in enumerate(index.tolist()):

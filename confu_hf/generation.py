@@ -11,6 +11,8 @@ How `generate()` gets here, and what it refuses before, is `assisted.py`'s.
 
 from __future__ import annotations
 
+import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +25,13 @@ from transformers.generation.streamers import BaseStreamer
 from .cache import TreeCache
 from .drafting import DraftRound
 from .modeling_confu import ConFuDraftModel
+from .packing import PackedLinears
 from .stats import GenerationStats, Tally
 from .target import prefill, soft_prompt_key_values, verify
 from .tree import DraftTree, grow_tree, likeliest_ends, nearest_contemplated, verify_layout
 from .verification import Acceptance, accept
+
+PACK_LIMIT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -246,6 +251,22 @@ def root_only(tokens: Tensor) -> DraftTree:
     )
 
 
+# Packed copies by model: they hold its layers, not the model itself, and go when it goes.
+_packed: weakref.WeakKeyDictionary[PreTrainedModel, PackedLinears] = weakref.WeakKeyDictionary()
+
+
+def packed_linears(model: PreTrainedModel, wanted: bool | None) -> AbstractContextManager:
+    """Within it, `model` computes with packed weights; see `TreeOptions.pack_weights`."""
+    if wanted is None:
+        wanted = model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES
+    if not wanted:
+        return nullcontext()
+    packed = _packed.get(model)
+    if packed is None or packed.is_stale():
+        packed = _packed[model] = PackedLinears(model)
+    return packed.active()
+
+
 @torch.no_grad()
 def confu_generate(
     model: PreTrainedModel,
@@ -271,16 +292,16 @@ def confu_generate(
     Returns:
         What `generate()` returns, and the statistics of the call.
     """
-    decoder = Decoder(
-        model, assistant, options or TreeOptions(), logits_processor, stopping_criteria, generation_config
-    )
+    options = options or TreeOptions()
+    decoder = Decoder(model, assistant, options, logits_processor, stopping_criteria, generation_config)
     state, acceptance = decoder.start(input_ids, attention_mask, past_key_values)
-    while True:
-        if streamer is not None:
-            streamer.put(acceptance.tokens[0].cpu())
-        if acceptance.finished:
-            break
-        state, acceptance = decoder.round(state)
+    with packed_linears(model, options.pack_weights), packed_linears(assistant, options.pack_weights):
+        while True:
+            if streamer is not None:
+                streamer.put(acceptance.tokens[0].cpu())
+            if acceptance.finished:
+                break
+            state, acceptance = decoder.round(state)
     if streamer is not None:
         streamer.end()
     stats = decoder.tally.stats(state.input_ids.shape[1] - input_ids.shape[1])

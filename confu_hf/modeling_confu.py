@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_confu import ConFuConfig
@@ -143,15 +144,16 @@ class ConFuDraftModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # Through `init` all of it: this also runs after loading, and there `init` leaves alone what the file gave.
         super()._init_weights(module)
         if isinstance(module, ExpertMixture):
-            nn.init.normal_(module.experts, std=self.config.initializer_range)
+            init.normal_(module.experts, std=self.config.initializer_range)
         elif isinstance(module, ConFuDraftModel):
-            nn.init.zeros_(module.d2t)
-            module.t2d.copy_(torch.arange(module.config.vocab_size) < module.config.draft_vocab_size)
+            init.zeros_(module.d2t)
+            init.copy_(module.t2d, torch.arange(module.config.vocab_size) < module.config.draft_vocab_size)
             if module.config.contemplate:
                 # Zero: a fresh future token changes the residual stream of no draft; training opens this path.
-                nn.init.zeros_(module.future_skip.weight)
+                init.zeros_(module.future_skip.weight)
 
     def set_draft_vocabulary(self, token_ids: torch.Tensor) -> None:
         """Choose the target ids that the draft can propose.
@@ -161,14 +163,19 @@ class ConFuDraftModel(PreTrainedModel):
                 `i`-th smallest, stored as EAGLE does,
                 `d2t[i] = token_ids[i] - i`.
         """
-        token_ids = torch.as_tensor(token_ids, dtype=torch.long).unique()
+        token_ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.d2t.device).unique()
         if token_ids.numel() != self.config.draft_vocab_size:
             raise ValueError(
                 f"set_draft_vocabulary: got {token_ids.numel()} distinct token ids, expected "
                 f"draft_vocab_size={self.config.draft_vocab_size}."
             )
-        self.d2t.copy_(token_ids - torch.arange(token_ids.numel()))
-        self.t2d.zero_().index_fill_(0, token_ids.to(self.t2d.device), True)
+        if token_ids[0] < 0 or token_ids[-1] >= self.config.vocab_size:
+            raise ValueError(
+                f"set_draft_vocabulary: got token ids from {token_ids[0]} to {token_ids[-1]}, expected ids in "
+                f"[0, vocab_size={self.config.vocab_size}). Take them from this target's tokenizer."
+            )
+        self.d2t.copy_(token_ids - torch.arange(token_ids.numel(), device=token_ids.device))
+        self.t2d.zero_().index_fill_(0, token_ids, True)
 
     @property
     def draft_token_ids(self) -> torch.Tensor:

@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .training import ConFuForTraining
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
+TOKENS_SEEN = "answer_tokens_seen"
 
 
 def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -33,6 +37,27 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return metrics
 
 
+class EpochOrder(Sampler):
+    """Gives a sampler an order that follows from seed and epoch alone.
+
+    The `Trainer`'s groups by length with the global random stream: resumed in a later epoch, a run would go through
+    that epoch in the order of the first.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self):
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+
 class ConFuTrainer(Trainer):
     """`Trainer` for [`ConFuForTraining`]: logs the accepted length while it trains, writes draft and adapter apart,
     resumes exactly.
@@ -44,7 +69,12 @@ class ConFuTrainer(Trainer):
         kwargs.setdefault("compute_metrics", acceptance_metrics)
         super().__init__(model, *args, **kwargs)
         self._window = np.zeros(3)  # summed accepted lengths, their rows, answer tokens drafted for
-        self._tokens_seen = 0.0
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return EpochOrder(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -55,9 +85,10 @@ class ConFuTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._window[1]:
-            self._tokens_seen += self._window[2]
+            # The history comes back with a checkpoint, so the count goes on after resuming.
+            before = next((entry[TOKENS_SEEN] for entry in self.state.log_history[::-1] if TOKENS_SEEN in entry), 0)
             logs["train_accepted_length"] = round(self._window[0] / self._window[1], 3)
-            logs["answer_tokens_seen"] = int(self._tokens_seen)
+            logs[TOKENS_SEEN] = before + int(self._window[2])
             self._window[:] = 0
         super().log(logs, *args, **kwargs)
 
@@ -72,7 +103,9 @@ class ConFuTrainer(Trainer):
             weights = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(module.target).items()}
             save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})
             module.target.peft_config["default"].save_pretrained(folder)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        if os.path.basename(os.path.normpath(output_dir)).startswith(PREFIX_CHECKPOINT_DIR):
+            # Only there, as every Trainer does: the folder to publish holds no pickle.
+            torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         module = self.accelerator.unwrap_model(model or self.model)

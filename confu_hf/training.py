@@ -5,12 +5,23 @@ Row `t` is the draft that starts at position `t`. At test-time step `k` it holds
 tokens up to `x_{t+1+k}` and predicts
 `x_{t+2+k}`; its target is the target's distribution at position `t + 1 + k`.
 
-    step 0:  row t attends to the first-step rows 0..t, and to its future token
-    step k:  ... and to its own rows of steps 1..k
-
 Example (answer `c d e f` after the prompt `a b`): x_2 = c is drawn by the target itself at prefill, so the first row
-is t = 1: it reads the features of b,
-the token c, and drafts d (step 0), e (step 1), f (step 2).
+is t = 1: it reads the features of b, the token c, and drafts d (step 0), e (step 1), f (step 2).
+
+Which keys the three rows of this example see, if the only anchor is row 1 and its future is used by two rows (`l = 2`);
+`#` = attends. A key of the last three groups is seen by one row alone:
+
+    keys            first-step rows   own, step 1   own, step 2   future
+                    0 1 2 3 4         1 2 3         1 2 3         1 2 3
+    step 0  row 1   # # . . .         . . .         . . .         # . .
+            row 2   # # # . .         . . .         . . .         . # .
+            row 3   # # # # .         . . .         . . .         . . .
+    step 1  row 1   # # . . .         # . .         . . .         # . .
+            row 2   # # # . .         . # .         . . .         . # .
+            row 3   # # # # .         . . #         . . .         . . .
+    step 2  row 1   # # . . .         # . .         # . .         # . .
+            row 2   # # # . .         . # .         . # .         . # .
+            row 3   # # # # .         . . #         . . #         . . .
 """
 
 from __future__ import annotations
@@ -67,6 +78,11 @@ class DraftRows:
         answer = F.pad(labels != IGNORED, (0, steps + 2))  # (B, N + steps + 2)
         is_row = answer[:, 1 : length + 1] & answer[:, 2 : length + 2]
         count = int(is_row.sum(-1).max())
+        if count == 0:
+            raise ValueError(
+                f"labels: got no answer of two tokens or more in {batch} sequences, expected one at least. "
+                "Leave such sequences out (load_conversations does), or raise max_length if it cuts the answers off."
+            )
         # A stable sort brings the row indices of each sequence to the front, in order.
         starts = is_row.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
         exists = is_row.gather(1, starts)
@@ -114,6 +130,12 @@ class ConFuForTraining(nn.Module):
         for name, parameter in target.named_parameters():
             parameter.requires_grad_("confu_" in name)
 
+    def train(self, mode: bool = True) -> ConFuForTraining:
+        """The target stays in eval mode: it speaks as it does when it decodes, without dropout."""
+        super().train(mode)
+        self.target.eval()
+        return self
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -145,12 +167,14 @@ class ConFuForTraining(nn.Module):
         vocabulary `(B, P, K)` with the target's choice as a draft id `(B, P)`, -1 where it lies outside; and the
         target's cache."""
         first, store = int(rows.starts.min()) + 1, self.feature_store
+        if store is not None and index is None:
+            raise ValueError("feature_store: got a batch without `index`, expected `index` (B,) long, the sequences' own.")
         if store is not None and store.holds(index):
-            states, choices = store.read(index, input_ids.shape[1])
-            features, last = states.split([3 * states.shape[-1] // 4, states.shape[-1] // 4], dim=-1)
             head = self.target.get_output_embeddings().weight[self.draft.draft_token_ids]
-            logits = F.linear(last[:, first:].to(head.dtype), head)
-            return features, *self._draft_view(logits, choices[:, first:]), None
+            states, choices = (part.to(head.device) for part in store.read(index, input_ids.shape[1]))
+            states = states.to(head.dtype)
+            features, last = states.split([3 * states.shape[-1] // 4, states.shape[-1] // 4], dim=-1)
+            return features, *self._draft_view(F.linear(last[:, first:], head), choices[:, first:]), None
         contemplate = self.draft.config.contemplate
         cache = DynamicCache() if contemplate else None
         # The hidden state behind the last layer has passed the final norm: the head's input.
@@ -207,7 +231,7 @@ class ConFuForTraining(nn.Module):
             )
             - 1
         )
-        distance = torch.arange(count, device=device) - anchor_rows.gather(1, latest.clamp_min(0))
+        distance = rows.starts - anchors.gather(1, latest.clamp_min(0))
         present = (latest >= 0) & (distance < replication) & exists
         h_rows = _gather(hidden_states, rows.starts)
         embeds = self.draft.future_mixture(h_rows)
@@ -313,7 +337,8 @@ def row_attention(
         for key, _, present in own
     ]
     scale = 1 / math.sqrt(width)
-    weights = (torch.cat([scores, *extra], dim=-1) * scale).softmax(-1, dtype=torch.float32).to(values.dtype)
+    scores = torch.cat([scores, *extra], dim=-1) * scale
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
     shared = weights[..., : keys.shape[2]].reshape(batch, kv_heads, groups * rows, -1) @ values
     context = shared.view(batch, kv_heads, groups, rows, width)
     for index, (_, value, _) in enumerate(own):

@@ -10,18 +10,13 @@ shapes, other layer kinds) keeps its random start; nothing is required.
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .modeling_confu import ConFuDraftModel
 
 # In the draft's layer and in the target's, by name below the layer.
-_SAME = (
-    "self_attn.o_proj.weight",
-    "post_attention_layernorm.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-)
+_SAME = ("self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 _HIDDEN_HALF = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
 
 
@@ -32,32 +27,51 @@ def warm_start_from_target(draft: ConFuDraftModel, target: PreTrainedModel, laye
     Returns:
         Names of the draft's weights that were set.
     """
-    done = []
     width = draft.config.hidden_size
     draft.fc.weight.zero_()
     draft.fc.weight[:, -width:].copy_(torch.eye(width))
-    done.append("fc.weight")
-    draft_weights = dict(draft.midlayer.named_parameters())
-    layers = getattr(target.get_decoder(), "layers", None)
-    layer_weights = dict(layers[layer_index].named_parameters()) if layers is not None else {}
-    for name in (*_SAME, *_HIDDEN_HALF, "input_layernorm.weight"):
-        source = layer_weights.get(name)
-        goal = draft_weights["hidden_norm.weight" if name == "input_layernorm.weight" else name]
-        if name in _HIDDEN_HALF:
-            goal.zero_()
-            goal = goal[:, width:]  # columns of [norm(emb) ; norm(h)] that read h
-        if source is not None and source.shape == goal.shape:
-            goal.copy_(source)
-            done.append(f"midlayer.{name}")
+    decoder = target.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    sources = {} if layers is None else _layer_weights(layers[layer_index])
     head = target.get_output_embeddings()
-    norm = getattr(target.get_decoder(), "norm", None)
     if head is not None:
-        draft.lm_head.weight.copy_(head.weight[draft.draft_token_ids.to(head.weight.device)])
-        done.append("lm_head.weight")
-    if norm is not None and getattr(norm, "weight", None) is not None:
-        draft.norm.weight.copy_(norm.weight)
-        done.append("norm.weight")
+        sources["lm_head.weight"] = head.weight[draft.draft_token_ids.to(head.weight.device)]
+    sources["norm.weight"] = _norm_weight(getattr(decoder, "norm", None))
+    goals, done = dict(draft.named_parameters()), ["fc.weight"]
+    for name, source in sources.items():
+        if source is not None and source.shape == goals[name].shape:
+            goals[name].copy_(source)
+            done.append(name)
     return done
+
+
+def _layer_weights(layer: nn.Module) -> dict[str, torch.Tensor | None]:
+    """What a decoder layer of a target has for the draft's, by the draft's names."""
+    weights = dict(layer.named_parameters())
+    found = {f"midlayer.{name}": weights.get(name) for name in _SAME}
+    for name in _HIDDEN_HALF:
+        weight = weights.get(name)
+        # Columns of [norm(emb) ; norm(h)]: the target's layer reads a hidden state only.
+        found[f"midlayer.{name}"] = None if weight is None else torch.cat([torch.zeros_like(weight), weight], dim=1)
+    before_attention = getattr(layer, "input_layernorm", None)
+    # Where there is a norm of its own before the MLP, or none before attention, `post_attention_layernorm` stands
+    # behind attention and is another thing than the draft's.
+    before_mlp = getattr(layer, "post_attention_layernorm", None) if before_attention is not None else None
+    before_mlp = getattr(layer, "pre_feedforward_layernorm", before_mlp)
+    found["midlayer.hidden_norm.weight"] = _norm_weight(before_attention)
+    found["midlayer.post_attention_layernorm.weight"] = _norm_weight(before_mlp)
+    return found
+
+
+def _norm_weight(norm: nn.Module | None) -> torch.Tensor | None:
+    """`(d,)` what an RMS norm multiplies by, read off its output for equal inputs: Gemma's stores the weight minus
+    one. None for a norm that removes the mean."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    # A power of two, large beside any epsilon: divided by its RMS it is exactly 1.
+    scale = norm(torch.full_like(weight, 1024.0))
+    return scale if scale.any() and getattr(norm, "bias", None) is None else None
 
 
 @torch.no_grad()

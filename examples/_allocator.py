@@ -1,4 +1,4 @@
-"""Restarts a script with an allocator that keeps freed memory. Standard library only: it runs before torch is imported."""
+"""Restarts a script with an allocator that keeps freed memory. Standard library only: runs before torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTINGS = {
 
 
 def keep_freed_memory() -> None:
-    """Restart this process with glibc told to keep freed memory. Does nothing elsewhere, or if a setting is made already.
+    """Restart this process with glibc told to keep freed memory. Does nothing elsewhere, or if already set.
 
     Decoding frees and allocates tensors of a few megabytes at every step. By default glibc hands such blocks back to
     the kernel and gets them again as zeroed pages; on a CPU the page faults can take longer than the matrix products,

@@ -22,7 +22,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 @dataclass(frozen=True)
 class Run:
-    """One answer: its new tokens, the seconds `generate` took (prefill included), the assistant's statistics if any."""
+    """One answer: its new tokens, the seconds `generate` took (prefill included), its assistant's statistics."""
 
     tokens: list[int]
     seconds: float

@@ -48,7 +48,7 @@ DEMO_PROMPTS = [
 
 
 def read_prompts(sources: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
-    """Read JSON lines (`.jsonl`, `.jsonl.gz`), or data sets as `datasets.load_dataset` names them (`NAME`, `NAME:SPLIT`).
+    """Read JSON lines (`.jsonl`, `.jsonl.gz`), or data sets of the Hub (`NAME`, `NAME:SPLIT`).
 
     Each row has one of `prompt`, `messages` (a closing answer is dropped) or `turns`. `limit` takes that many, evenly
     spaced, so that a file sorted by task keeps its mixture.

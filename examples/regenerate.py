@@ -108,10 +108,8 @@ def make_jobs(
         if length <= args.max_prompt_tokens
     ]
     too_long = len(open_prompts) - len(jobs)
-    print(
-        f"{len(prompts)} prompts: {len(prompts) - len(open_prompts)} answered already, {too_long} too long, {len(jobs)} to do",
-        file=sys.stderr,
-    )
+    answered = len(prompts) - len(open_prompts)
+    print(f"{len(prompts)} prompts: {answered} answered, {too_long} too long, {len(jobs)} to do", file=sys.stderr)
     return jobs
 
 

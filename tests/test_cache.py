@@ -285,8 +285,10 @@ def test_export_overwrites_what_the_cache_held_and_shares_no_memory():
     assert torch.equal(users.layers[0].keys, exported)
 
 
-def test_a_tree_cache_can_be_imported_again():
-    cache = filled(5)
+def test_a_tree_cache_can_be_exported_to_and_imported_again():
+    cache, users = filled(5), filled(9, batch=2, prompts=soft_prompts())
+    cache.export_to(users)
+    assert torch.equal(users.layers[2].keys, cache.layers[2].keys) and users.soft_prompt_length == PROMPTS
     copy = TreeCache.from_cache(cache, LAYERS, soft_prompts())
     assert torch.equal(copy.layers[1].values, cache.layers[1].values) and copy.soft_prompt_length == PROMPTS
 
