@@ -1,11 +1,10 @@
-"""What the frozen target says about each training sequence, kept on disk: from the second epoch on, EAGLE-3 training
-needs no target.
+"""What the frozen target says about each training sequence, kept on disk: from the second epoch on, training needs no
+pass of the target.
 
 Per position `4 d + 2` numbers of two bytes: the features, the last hidden state (from which the draft-vocabulary
-logits follow) and the target's
-likeliest token. That is 4.6 kB a token for `d = 576` and 33 kB for `d = 4096`: worth it where the target is the slow
-part and the disk is large. ConFu's stage
-cannot use it, its contemplate tokens need the target's cache.
+logits follow) and the target's likeliest token; for ConFu's stage also its keys and values, which contemplate tokens
+read. For SmolLM2-135M that is 4.6 kB a token, and 23 kB more with keys and values: worth it where the target is the
+slow part and the disk is large.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
 
 class FeatureStore:
@@ -25,6 +25,7 @@ class FeatureStore:
         folder: where the files are, or will be.
         lengths: tokens of every sequence, by index.
         width: `d` of the target.
+        cache_shape: `(L, kv_heads, head_dim)` to keep keys and values as well.
         fingerprint: what else the content depends on (target, dtype, draft vocabulary, layers); another one is
             refused.
 
@@ -32,7 +33,14 @@ class FeatureStore:
         ValueError: the folder holds features of other data or of another target.
     """
 
-    def __init__(self, folder: str | Path, lengths: list[int], width: int, fingerprint: str):
+    def __init__(
+        self,
+        folder: str | Path,
+        lengths: list[int],
+        width: int,
+        fingerprint: str,
+        cache_shape: tuple[int, int, int] | None = None,
+    ):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         identity = {"lengths_sum": sum(lengths), "sequences": len(lengths), "width": width, "fingerprint": fingerprint}
@@ -42,6 +50,11 @@ class FeatureStore:
         self.states = self._open(folder / "states.bin", np.int16, (total, 4 * width))  # bit patterns of bfloat16
         self.choices = self._open(folder / "choices.bin", np.int32, (total,))
         self.known = self._open(folder / "known.bin", np.uint8, (len(lengths),))
+        self.cache_shape = cache_shape
+        if cache_shape is not None:
+            layers, heads, head_dim = cache_shape
+            self.caches = self._open(folder / "caches.bin", np.int16, (total, layers, 2, heads, head_dim))
+            self.cached = self._open(folder / "cached.bin", np.uint8, (len(lengths),))
 
     @staticmethod
     def _check_identity(path: Path, identity: dict[str, int | str]) -> None:
@@ -58,9 +71,11 @@ class FeatureStore:
     def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
         return np.memmap(path, dtype=dtype, mode="r+" if path.exists() else "w+", shape=shape)
 
-    def holds(self, index: Tensor) -> bool:
-        """Whether all sequences `index` `(B,)` are known."""
-        return bool(self.known[index.cpu().numpy()].all())
+    def holds(self, index: Tensor, cache: bool = False) -> bool:
+        """Whether all sequences `index` `(B,)` are known; with `cache`, their keys and values too."""
+        rows = index.cpu().numpy()
+        cached = not cache or (self.cache_shape is not None and bool(self.cached[rows].all()))
+        return cached and bool(self.known[rows].all())
 
     def write(self, index: Tensor, attention_mask: Tensor, states: Tensor, choices: Tensor) -> None:
         """Keep `states` `(B, N, 4 d)`, rounded to bfloat16, and `choices` `(B, N)` long of right-padded sequences
@@ -82,3 +97,25 @@ class FeatureStore:
             states[row, :count] = torch.from_numpy(np.array(self.states[part])).view(torch.bfloat16)
             choices[row, :count] = torch.from_numpy(self.choices[part].astype(np.int64))
         return states, choices
+
+    def write_cache(self, index: Tensor, attention_mask: Tensor, cache: Cache) -> None:
+        """Keep the keys and values of right-padded sequences `index` `(B,)`, rounded to bfloat16."""
+        layers = [torch.stack([layer.keys, layer.values], dim=1) for layer in cache.layers]  # (B, 2, heads, N, width)
+        rows = torch.stack(layers, dim=1).permute(0, 4, 1, 2, 3, 5).to("cpu", torch.bfloat16)
+        for row, (sequence, length) in enumerate(zip(index.tolist(), attention_mask.sum(-1).tolist(), strict=True)):
+            part = slice(self.starts[sequence], self.starts[sequence] + length)
+            self.caches[part] = rows[row, :length].contiguous().view(torch.int16).numpy()
+            self.cached[sequence] = 1
+
+    def read_cache(self, index: Tensor, length: int, device: torch.device | str = "cpu") -> DynamicCache:
+        """Keys and values of sequences `index` `(B,)` in bfloat16, zeros behind the end of a sequence."""
+        layers, heads, head_dim = self.cache_shape
+        states = torch.zeros(layers, 2, len(index), heads, length, head_dim, dtype=torch.bfloat16)
+        for row, sequence in enumerate(index.tolist()):
+            part = slice(self.starts[sequence], self.starts[sequence + 1])
+            found = torch.from_numpy(np.array(self.caches[part])).view(torch.bfloat16)  # (n, L, 2, heads, head_dim)
+            states[:, :, row, :, : len(found)] = found.permute(1, 2, 3, 0, 4)
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(states.to(device)):
+            cache.update(keys, values, number)
+        return cache

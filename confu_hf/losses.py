@@ -44,7 +44,8 @@ class _LinearKL(torch.autograd.Function):
             log_q = logits.log_softmax(-1)
             log_p = target_log_probs[target_rows[part]].to(loss.dtype)
             p = log_p.exp()
-            loss += row_weights[part].to(loss.dtype) @ log_p.sub_(log_q).mul_(p).sum(-1)
+            # Not `weights @ divergences`: under autocast a product of vectors is rounded to bfloat16.
+            loss += log_p.sub_(log_q).mul_(p).sum(-1).mul_(row_weights[part]).sum()
             grad_logits = log_q.exp_().sub_(p).mul_(row_weights[part, None]).to(compute)
             grad_hidden[part] = grad_logits @ weight
             grad_weight += grad_logits.t() @ hidden[part]

@@ -115,6 +115,10 @@ class DraftLayer(nn.Module):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+class ClosedLinear(nn.Linear):
+    """Starts as zero: a fresh future token changes the residual stream of no draft; training opens this path."""
+
+
 class ConFuDraftModel(PreTrainedModel):
     """The draft of ConFu, and, with `config.contemplate=False`, of EAGLE-3. [`ConFuAssistant`] is this plus what
     `generate` needs."""
@@ -139,7 +143,7 @@ class ConFuDraftModel(PreTrainedModel):
             self.future_mixture = ExpertMixture(
                 width, width, config.num_future_experts, config.num_future_experts_per_token
             )
-            self.future_skip = nn.Linear(width, width, bias=False)
+            self.future_skip = ClosedLinear(width, width, bias=False)
         self.post_init()
 
     @torch.no_grad()
@@ -148,12 +152,11 @@ class ConFuDraftModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ExpertMixture):
             init.normal_(module.experts, std=self.config.initializer_range)
+        elif isinstance(module, ClosedLinear):
+            init.zeros_(module.weight)
         elif isinstance(module, ConFuDraftModel):
             init.zeros_(module.d2t)
             init.copy_(module.t2d, torch.arange(module.config.vocab_size) < module.config.draft_vocab_size)
-            if module.config.contemplate:
-                # Zero: a fresh future token changes the residual stream of no draft; training opens this path.
-                init.zeros_(module.future_skip.weight)
 
     def set_draft_vocabulary(self, token_ids: torch.Tensor) -> None:
         """Choose the target ids that the draft can propose.

@@ -6,22 +6,24 @@ Everything else (schedules, mixed precision, accelerate, checkpoints, resuming) 
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .adapter_weights import load_adapter_folder, save_adapter_folder
+from .optimization import MuonAdamW
 from .training import ConFuForTraining
 
 ADAPTER_FOLDER = "adapter"
-ADAPTER_FILE = "adapter_model.safetensors"
 TOKENS_SEEN = "answer_tokens_seen"
 
 
@@ -63,9 +65,22 @@ class ConFuTrainer(Trainer):
     resumes exactly.
 
     Only the draft and the adapter are written: the target is frozen and is named in the card.
+
+    Args:
+        muon: optimise with [`MuonAdamW`], by the learning rate, betas and weight decay of the `TrainingArguments`;
+            False leaves the choice to their `optim`.
+        adapter_learning_rate: of soft prompts and experts, with `muon`; None = the same.
     """
 
-    def __init__(self, model: ConFuForTraining, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        model: ConFuForTraining,
+        *args: Any,
+        muon: bool = False,
+        adapter_learning_rate: float | None = None,
+        **kwargs: Any,
+    ):
+        self.muon, self.adapter_learning_rate = muon, adapter_learning_rate
         kwargs.setdefault("compute_metrics", acceptance_metrics)
         super().__init__(model, *args, **kwargs)
         self._window = np.zeros(3)  # summed accepted lengths, their rows, answer tokens drafted for
@@ -75,6 +90,20 @@ class ConFuTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         return EpochOrder(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if not self.muon or self.optimizer is not None:
+            return super().create_optimizer(model)
+        named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+        self.optimizer = MuonAdamW(
+            named,
+            lr=self.args.learning_rate,
+            adapter_lr=self.adapter_learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            weight_decay=self.args.weight_decay,
+        )
+        return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -98,11 +127,10 @@ class ConFuTrainer(Trainer):
         module = self.accelerator.unwrap_model(self.model)
         module.draft.save_pretrained(output_dir)
         if module.draft.config.contemplate:
-            folder = os.path.join(output_dir, ADAPTER_FOLDER)
-            os.makedirs(folder, exist_ok=True)
-            weights = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(module.target).items()}
-            save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})
-            module.target.peft_config["default"].save_pretrained(folder)
+            layer = module.target.confu
+            config = copy.deepcopy(layer.config)
+            config.inference_mode = True  # as PEFT saves: whoever loads it says whether it trains
+            save_adapter_folder(os.path.join(output_dir, ADAPTER_FOLDER), config, layer.adapter_weights(layer.current))
         if os.path.basename(os.path.normpath(output_dir)).startswith(PREFIX_CHECKPOINT_DIR):
             # Only there, as every Trainer does: the folder to publish holds no pickle.
             torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
@@ -111,8 +139,8 @@ class ConFuTrainer(Trainer):
         module = self.accelerator.unwrap_model(model or self.model)
         module.draft.load_state_dict(load_file(os.path.join(resume_from_checkpoint, "model.safetensors")))
         if module.draft.config.contemplate:
-            weights = load_file(os.path.join(resume_from_checkpoint, ADAPTER_FOLDER, ADAPTER_FILE))
-            set_peft_model_state_dict(module.target, weights)
+            _, weights = load_adapter_folder(os.path.join(resume_from_checkpoint, ADAPTER_FOLDER))
+            module.target.confu.set_adapter_weights(module.target.confu.current, weights)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -8,8 +8,8 @@ tokens up to `x_{t+1+k}` and predicts
 Example (answer `c d e f` after the prompt `a b`): x_2 = c is drawn by the target itself at prefill, so the first row
 is t = 1: it reads the features of b, the token c, and drafts d (step 0), e (step 1), f (step 2).
 
-Which keys the three rows of this example see, if the only anchor is row 1 and its future is used by two rows (`l = 2`);
-`#` = attends. A key of the last three groups is seen by one row alone:
+Which keys its three rows see (`#`), if the only anchor is row 1 and its future is used by two rows (`l = 2`). A key of
+the last three groups belongs to one row alone:
 
     keys            first-step rows   own, step 1   own, step 2   future
                     0 1 2 3 4         1 2 3         1 2 3         1 2 3
@@ -26,7 +26,6 @@ Which keys the three rows of this example see, if the only anchor is row 1 and i
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache import ContemplateContext
-from .data import IGNORED
+from .draft_rows import DraftRows, gather_rows, row_attention, select_rows
 from .feature_store import FeatureStore
 from .losses import chain_accepted_length, linear_kl
 from .modeling_confu import ConFuDraftModel
@@ -55,40 +54,20 @@ class ConFuTrainingObjective:
         num_anchors: contemplate tokens per sequence (`K_train`).
         replication: an anchor's future is used by this many rows, its own and the following (`l`).
         max_lag: the contemplate token's experts read features 1..max_lag positions before its node.
+        deep_row_fraction: share of the rows that are unrolled beyond step 0, drawn anew for every batch. Rows depend
+            on each other through their first step alone, so leaving some out costs samples, not exactness.
+        future_weight: weight of a loss beyond the paper's: the contemplate token itself, through the target's head,
+            should predict what the target says one position on. It tells soft prompts and experts from the first step
+            what the draft asks of them only once it has learned to listen.
     """
 
     ttt_steps: int = 4
     ttt_decay: float = 0.8
+    deep_row_fraction: float = 1.0
     num_anchors: int = 24
     replication: int = 4
     max_lag: int = 6
-
-
-@dataclass(frozen=True)
-class DraftRows:
-    """The rows of a batch that are trained. `R` = the most rows of any sequence."""
-
-    starts: torch.Tensor  # (B, R) long, t of each row
-    valid: torch.Tensor  # (K, B, R) bool: x_{t+2+k} belongs to the answer
-
-    @classmethod
-    def of(cls, labels: torch.Tensor, steps: int) -> DraftRows:
-        """Rows whose `x_{t+1}` and `x_{t+2}` belong to the answer. `labels` `(B, N)`."""
-        batch, length = labels.shape
-        answer = F.pad(labels != IGNORED, (0, steps + 2))  # (B, N + steps + 2)
-        is_row = answer[:, 1 : length + 1] & answer[:, 2 : length + 2]
-        count = int(is_row.sum(-1).max())
-        if count == 0:
-            raise ValueError(
-                f"labels: got no answer of two tokens or more in {batch} sequences, expected one at least. "
-                "Leave such sequences out (load_conversations does), or raise max_length if it cuts the answers off."
-            )
-        # A stable sort brings the row indices of each sequence to the front, in order.
-        starts = is_row.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
-        exists = is_row.gather(1, starts)
-        starts = torch.where(exists, starts, starts[:, :1])  # padding rows stay in range and are never used
-        valid = torch.stack([answer.gather(1, starts + 2 + k) & exists for k in range(steps)])
-        return cls(starts, valid.cumprod(0).bool())
+    future_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +77,8 @@ class RowFutures:
     embeds: torch.Tensor  # (B, R, d)  MoE_f(h_t)
     states: torch.Tensor  # (B, R, d)  W_f f
     present: torch.Tensor  # (B, R) bool
+    anchors: torch.Tensor  # (B, A) long, positions that were contemplated after
+    last: torch.Tensor  # (B, A, d) the contemplate tokens' own states behind the target's last norm
 
 
 class ConFuForTraining(nn.Module):
@@ -106,7 +87,7 @@ class ConFuForTraining(nn.Module):
     Args:
         target: causal LM; gradients are switched off here.
         draft: [`ConFuDraftModel`]; with `config.contemplate` the target must carry the adapter (`target.confu`).
-        feature_store: keeps what the target says from epoch to epoch; not with `config.contemplate`.
+        feature_store: keeps what the target says from epoch to epoch.
     """
 
     def __init__(
@@ -119,10 +100,10 @@ class ConFuForTraining(nn.Module):
         super().__init__()
         config = target.config.get_text_config(decoder=True)
         scaled = [name for name in LOGIT_TRANSFORMS if getattr(config, name, None)]
-        if feature_store is not None and (draft.config.contemplate or scaled):
+        if feature_store is not None and scaled:
             raise ValueError(
-                f"feature_store: got contemplate={draft.config.contemplate} and a target with {scaled or 'plain logits'}, "
-                "expected an EAGLE-3 draft and a target whose logits are its head's output. Train without feature_store."
+                f"feature_store: got a target with {scaled}, expected one whose logits are its head's output. "
+                "Train without feature_store."
             )
         self.feature_store = feature_store
         self.target, self.draft = target, draft
@@ -151,15 +132,20 @@ class ConFuForTraining(nn.Module):
             K, 2)`: right guesses and guesses per
             step.
         """
-        rows = DraftRows.of(labels, self.objective.ttt_steps)
+        rows, deep = DraftRows.of(labels, self.objective.ttt_steps), None
+        if self.training and self.objective.deep_row_fraction < 1:
+            rows, deep = rows.thinned(self.objective.deep_row_fraction)
         features, log_probs, target_choice, context = self._run_target(input_ids, attention_mask, rows, index)
         token_embeds = self.target.get_input_embeddings()(input_ids).to(features.dtype)
         hidden_states = self.draft.fuse(features)
         futures = None
         if self.draft.config.contemplate:
-            futures = self._row_futures(features, hidden_states, context, attention_mask, rows)
-        outputs = self._unroll(token_embeds, hidden_states, rows, futures)  # (K, B, R, d)
-        return self._loss(outputs, rows, log_probs, target_choice)
+            futures = self._row_futures(features, hidden_states, context, rows)
+        outputs = self._unroll(token_embeds, hidden_states, rows, futures, deep)  # (K, B, R, d)
+        result = self._loss(outputs, rows, log_probs, target_choice)
+        if futures is not None and self.training and self.objective.future_weight:
+            result["loss"] = result["loss"] + self._future_loss(futures, rows, log_probs, target_choice)
+        return result
 
     @torch.no_grad()
     def _run_target(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: DraftRows, index):
@@ -167,23 +153,28 @@ class ConFuForTraining(nn.Module):
         vocabulary `(B, P, K)` with the target's choice as a draft id `(B, P)`, -1 where it lies outside; and the
         target's cache."""
         first, store = int(rows.starts.min()) + 1, self.feature_store
+        contemplate = self.draft.config.contemplate
         if store is not None and index is None:
-            raise ValueError("feature_store: got a batch without `index`, expected `index` (B,) long, the sequences' own.")
-        if store is not None and store.holds(index):
+            raise ValueError(
+                "feature_store: got a batch without `index`, expected the sequences' own numbers, (B,) long. "
+                "Make batches with ConversationCollator."
+            )
+        if store is not None and store.holds(index, cache=contemplate):
             head = self.target.get_output_embeddings().weight[self.draft.draft_token_ids]
             states, choices = (part.to(head.device) for part in store.read(index, input_ids.shape[1]))
             states = states.to(head.dtype)
             features, last = states.split([3 * states.shape[-1] // 4, states.shape[-1] // 4], dim=-1)
-            return features, *self._draft_view(F.linear(last[:, first:], head), choices[:, first:]), None
-        contemplate = self.draft.config.contemplate
-        cache = DynamicCache() if contemplate else None
+            cache = store.read_cache(index, input_ids.shape[1], head.device) if contemplate else None
+            return features, *self._draft_view(F.linear(last[:, first:], head), choices[:, first:]), cache
+        keep_cache = store is not None and store.cache_shape is not None
+        cache = DynamicCache() if contemplate or keep_cache else None
+        # Padding is on the right, where causal attention never looks: no mask, so the fastest attention there is.
         # The hidden state behind the last layer has passed the final norm: the head's input.
         ids = [*self.draft.config.target_layer_ids, self.target.config.get_text_config().num_hidden_layers]
         output = self.target(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             past_key_values=cache,
-            use_cache=contemplate,
+            use_cache=cache is not None,
             output_hidden_states=ids,
             logits_to_keep=torch.arange(first, input_ids.shape[1], device=input_ids.device),
         )
@@ -193,13 +184,15 @@ class ConFuForTraining(nn.Module):
         choices = torch.where(best == output.logits.amax(-1), choice, -1)
         if store is not None:
             store.write(index, attention_mask, states, F.pad(choices, (first, 0)))
+        if keep_cache:
+            store.write_cache(index, attention_mask, cache)
         return states[..., : -output.hidden_states[ids[-1]].shape[-1]], *self._draft_view(logits, choices), cache
 
     @staticmethod
     def _draft_view(logits: torch.Tensor, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return logits.float().log_softmax(-1), choices
 
-    def _row_futures(self, features, hidden_states, context, attention_mask, rows: DraftRows) -> RowFutures:
+    def _row_futures(self, features, hidden_states, context, rows: DraftRows) -> RowFutures:
         """Contemplate at random anchors and hand each future to the next `replication` rows."""
         objective, device = self.objective, features.device
         batch, count = rows.starts.shape
@@ -216,15 +209,15 @@ class ConFuForTraining(nn.Module):
         layer = self.target.confu
         embeddings = layer.contemplate_embedding(features.gather(1, gather))  # (B, A, d)
         visible = torch.arange(features.shape[1], device=device) <= anchors[..., None]  # (B, A, N)
-        visible = visible & attention_mask[:, None].bool()
         futures = contemplate_anchors(
             self.target,
             ContemplateContext(context, self._soft_prompts(layer)),
             embeddings,
             anchors + 1,
             visible,
-            self.draft.config.target_layer_ids,
-        )  # (B, A, 3 d)
+            [*self.draft.config.target_layer_ids, self.target.config.get_text_config().num_hidden_layers],
+        )  # (B, A, 4 d)
+        futures, last = futures.split([features.shape[-1], features.shape[-1] // 3], dim=-1)
         latest = (
             torch.searchsorted(
                 anchor_rows, torch.arange(count, device=device).expand(batch, -1).contiguous(), right=True
@@ -233,17 +226,39 @@ class ConFuForTraining(nn.Module):
         )
         distance = rows.starts - anchors.gather(1, latest.clamp_min(0))
         present = (latest >= 0) & (distance < replication) & exists
-        h_rows = _gather(hidden_states, rows.starts)
+        h_rows = gather_rows(hidden_states, rows.starts)
         embeds = self.draft.future_mixture(h_rows)
-        states = _gather(self.draft.future_fc(futures.to(hidden_states.dtype)), latest.clamp_min(0))
-        return RowFutures(embeds, states, present)
+        states = gather_rows(self.draft.future_fc(futures.to(hidden_states.dtype)), latest.clamp_min(0))
+        return RowFutures(embeds, states, present, anchors, last)
+
+    def _future_loss(self, futures: RowFutures, rows: DraftRows, log_probs, target_choice) -> torch.Tensor:
+        """KL(target at `a + 1` || the contemplate token after `a`), mean over anchors, weighted by `future_weight`."""
+        head = self.target.get_output_embeddings().weight[self.draft.draft_token_ids]
+        # Position a + 1 is row a + 1 - first of the kept logits, where first = the first row's start + 1.
+        position = futures.anchors - int(rows.starts.min())  # (B, A)
+        batch = torch.arange(len(position), device=position.device)[:, None]
+        target_rows = position + batch * log_probs.shape[1]
+        used = target_choice.gather(1, position) >= 0
+        weights = torch.full(target_rows[used].shape, self.objective.future_weight / used.sum(), device=used.device)
+        loss, _ = linear_kl(
+            futures.last[used], head, log_probs.flatten(0, 1), target_choice.flatten(), target_rows[used], weights
+        )
+        return loss
 
     def _soft_prompts(self, layer) -> torch.Tensor:
         weight = layer.prompt_weight()
         return weight if layer.soft_prompt_type == "kv" else soft_prompt_key_values(self.target, weight)
 
-    def _unroll(self, token_embeds, hidden_states, rows: DraftRows, futures: RowFutures | None) -> torch.Tensor:
-        """Run the draft for all test-time steps: `(K, B, R, d)` normalised outputs."""
+    def _unroll(
+        self,
+        token_embeds,
+        hidden_states,
+        rows: DraftRows,
+        futures: RowFutures | None,
+        deep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the draft for all test-time steps: `(K, B, R, d)` normalised outputs, zeros for rows that are not `deep`
+        (`(B, R')`, None = all) beyond step 0."""
         layer, attention = self.draft.midlayer, self.draft.midlayer.self_attn
         batch, length = token_embeds.shape[:2]
         # Row t reads emb(x_{t+1}); the last position has no next token and is no row.
@@ -252,24 +267,31 @@ class ConFuForTraining(nn.Module):
         keys, values = attention.key_value(inputs, *self.draft.rotary(positions, inputs.dtype))
         causal = positions[:, None, :] <= rows.starts[..., None]  # (B, R, N-1)
         own: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        state = _gather(hidden_states, rows.starts)
+        state = gather_rows(hidden_states, rows.starts)
         residual = state
         if futures is not None:
             future_inputs = layer.attention_inputs(futures.embeds, futures.states)
             rotary = self.draft.rotary(rows.starts + 1, inputs.dtype)
             own.append((*attention.key_value(future_inputs, *rotary), futures.present))
             residual = state + self.draft.future_skip(futures.states) * futures.present[..., None]
-        outputs = []
+        starts, outputs = rows.starts, []
         for step in range(self.objective.ttt_steps):
-            tokens = (rows.starts + 1 + step).clamp_max(length - 1)
-            row_inputs = layer.attention_inputs(_gather(token_embeds, tokens), state)
-            rotary = self.draft.rotary(rows.starts + step, inputs.dtype)
+            if step == 1 and deep is not None:
+                starts, state, causal = starts.gather(1, deep), gather_rows(state, deep), gather_rows(causal, deep)
+                own = [tuple(select_rows(part, deep) for part in entry) for entry in own]
+            tokens = (starts + 1 + step).clamp_max(length - 1)
+            row_inputs = layer.attention_inputs(gather_rows(token_embeds, tokens), state)
+            rotary = self.draft.rotary(starts + step, inputs.dtype)
             query = attention.query(row_inputs, *rotary)
             if step > 0:
-                own.append((*attention.key_value(row_inputs, *rotary), torch.ones_like(rows.valid[0])))
+                own.append((*attention.key_value(row_inputs, *rotary), torch.ones_like(starts, dtype=torch.bool)))
             context = row_attention(query, keys, values, causal, own)
             state = layer.finish(residual if step == 0 else state, attention.merge(context))
-            outputs.append(self.draft.norm(state))
+            output = self.draft.norm(state)
+            if step > 0 and deep is not None:
+                index = deep[..., None].expand(-1, -1, output.shape[-1])
+                output = torch.zeros_like(outputs[0]).scatter(1, index, output)
+            outputs.append(output)
         return torch.stack(outputs)
 
     def _loss(self, outputs, rows: DraftRows, log_probs, target_choice) -> dict[str, torch.Tensor]:
@@ -284,7 +306,7 @@ class ConFuForTraining(nn.Module):
         used = rows.valid & (choice >= 0)
         target_rows = position + torch.arange(batch, device=device)[:, None] * log_probs.shape[1]
         decay = self.objective.ttt_decay ** torch.arange(steps, device=device)
-        weights = (decay / rows.valid[0].sum())[:, None, None].expand_as(used)
+        weights = (decay / rows.valid.sum((1, 2)).clamp_min(1))[:, None, None].expand_as(used)
         correct = torch.zeros_like(used)
         loss, correct[used] = linear_kl(
             outputs[used],
@@ -301,46 +323,3 @@ class ConFuForTraining(nn.Module):
             "accepted": per_row.view(batch, count, 2).sum(1),
             "correct": torch.stack((correct & rows.valid, rows.valid), dim=-1).float().sum(2).transpose(0, 1),
         }
-
-
-def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`(B, N, d)` at `(B, R)` -> `(B, R, d)`."""
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-
-
-def row_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    own: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    """Attention over keys that all rows share and keys that belong to one row each.
-
-    Args:
-        query: `(B, heads, R, head_dim)`. keys, values: `(B, kv_heads, N, head_dim)`, shared. mask: `(B, R, N)` bool,
-            True = may attend.
-        own: per extra step, keys and values `(B, kv_heads, R, head_dim)`, row `r` for query `r` alone, and `(B, R)`
-            bool which rows have one.
-
-    Returns:
-        `(B, heads, R, head_dim)`.
-    """
-    batch, heads, rows, width = query.shape
-    kv_heads, groups = keys.shape[1], heads // keys.shape[1]
-    grouped = query.reshape(batch, kv_heads, groups * rows, width)
-    scores = (grouped @ keys.transpose(-1, -2)).view(batch, kv_heads, groups, rows, -1)
-    scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-    by_group = query.view(batch, kv_heads, groups, rows, width)
-    extra = [
-        (by_group * key[:, :, None]).sum(-1, keepdim=True).masked_fill(~present[:, None, None, :, None], float("-inf"))
-        for key, _, present in own
-    ]
-    scale = 1 / math.sqrt(width)
-    scores = torch.cat([scores, *extra], dim=-1) * scale
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-    shared = weights[..., : keys.shape[2]].reshape(batch, kv_heads, groups * rows, -1) @ values
-    context = shared.view(batch, kv_heads, groups, rows, width)
-    for index, (_, value, _) in enumerate(own):
-        context = context + weights[..., keys.shape[2] + index, None] * value[:, :, None]
-    return context.reshape(batch, heads, rows, width)

@@ -40,8 +40,11 @@ class ScriptArguments:
     init_from: str | None = field(default=None, metadata={"help": "EAGLE-3 draft to start from"})
     draft_vocab_size: int = 8192
     max_length: int = field(default=768, metadata={"help": "tokens per sequence, prompt included"})
-    feature_store: str | None = field(default=None, metadata={"help": "eagle3: folder to keep target features in"})
+    feature_store: str | None = field(default=None, metadata={"help": "folder to keep target features in"})
+    store_caches: bool = field(default=False, metadata={"help": "keep the target's keys and values there, for confu"})
     held_out: int = field(default=48, metadata={"help": "sequences kept out of training, for the accepted length"})
+    muon: bool = field(default=True, metadata={"help": "Muon for the draft's matrices; needs torch>=2.9"})
+    adapter_learning_rate: float | None = field(default=None, metadata={"help": "of soft prompts and experts"})
     num_virtual_tokens: int = 16
     num_experts: int = 8
     num_experts_per_token: int = 2
@@ -98,7 +101,8 @@ def open_store(arguments: ScriptArguments, target, draft: ConFuAssistant, rows) 
     vocabulary = hashlib.sha256(draft.draft_token_ids.numpy().tobytes()).hexdigest()[:16]
     name = arguments.target or "smollm2-135m-instruct"
     fingerprint = f"{name} {arguments.target_dtype} {draft.config.target_layer_ids} {vocabulary}"
-    return FeatureStore(arguments.feature_store, rows["length"], target.config.hidden_size, fingerprint)
+    shape = attention_geometry(target.config) if arguments.store_caches else None
+    return FeatureStore(arguments.feature_store, rows["length"], target.config.hidden_size, fingerprint, shape)
 
 
 def main() -> None:
@@ -124,6 +128,8 @@ def main() -> None:
         train_dataset=split["train"],
         eval_dataset=split["test"],
         data_collator=ConversationCollator(target.generation_config.pad_token_id or end_ids[0]),
+        muon=arguments.muon,
+        adapter_learning_rate=arguments.adapter_learning_rate,
     )
     checkpoint = training.resume_from_checkpoint
     if checkpoint == "auto":

@@ -1,4 +1,4 @@
-"""The assistant's life: into and out of a target, to disk and back, and every way that leads to its decoding loop."""
+"""The assistant's life: into and out of a target, to disk and back."""
 
 from __future__ import annotations
 
@@ -7,29 +7,19 @@ import gc
 import json
 import pickle
 import shutil
-from threading import Thread
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import VOCAB_SIZE, tiny_llama, tiny_qwen3
-from tokenizers import Tokenizer, decoders, models
+from tiny_models import tiny_llama
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-    pipeline,
 )
 
 from confu_hf import ConFuAssistant, ConFuConfig, ConFuGenerationConfig
-from confu_hf.adapter import ConFuAdapterConfig
 
 PROMPT = torch.arange(3, 14)[None]
 DRAFT = {"draft_vocab_size": 50, "num_virtual_tokens": 4}
@@ -53,17 +43,6 @@ def folder(confu, tmp_path):
     return tmp_path / "pair"
 
 
-@pytest.fixture
-def tokenizer():
-    """One token per printable character."""
-    words = ["<pad>", "<s>", "</s>", *map(chr, range(33, 127))]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    assert len(vocabulary) == VOCAB_SIZE
-    characters = Tokenizer(models.BPE(vocabulary, merges=[]))
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-
 def plain(target, **kwargs):
     return target.generate(PROMPT, **{"max_new_tokens": 24, **kwargs})
 
@@ -73,9 +52,6 @@ def assisted(target, confu, **kwargs):
     output = target.generate(PROMPT, assistant_model=confu, **{"max_new_tokens": 24, **kwargs})
     assert confu.stats is not None, "the call went past the loop"
     return output
-
-
-# --- into a target and out of it
 
 
 def snapshot(target):
@@ -178,9 +154,6 @@ def test_trains_when_fresh_and_not_when_loaded(target, confu, folder):
     other = tiny_llama()
     ConFuAssistant.from_pretrained(folder, target=other)
     assert not any(parameter.requires_grad for parameter in other.confu.parameters())
-
-
-# --- to disk and back
 
 
 def test_layout_on_disk(folder, confu):
@@ -312,175 +285,3 @@ def test_target_saves_and_loads_as_ever(target, confu, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     again = type(target).from_pretrained(tmp_path, dtype=torch.float64)
     assert torch.equal(again(PROMPT).logits, target(PROMPT).logits)
-
-
-# --- the routes
-
-
-@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
-def test_greedy_equals_plain_generate(make):
-    target = make()
-    expected = plain(target)
-    assert torch.equal(assisted(target, ConFuAssistant.from_target(target, **DRAFT)), expected)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_sampling_is_seed_exact(target, confu, seed):
-    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}
-    torch.manual_seed(seed)
-    expected = plain(target, **options)
-    torch.manual_seed(seed)
-    assert torch.equal(assisted(target, confu, **options), expected)
-
-
-def test_peft_model_routes_to_the_loop(folder):
-    model = PeftModel.from_pretrained(tiny_llama(), folder, subfolder="adapter")
-    confu = ConFuAssistant.from_pretrained(folder, dtype="float64")
-    assert torch.equal(assisted(model, confu), plain(model))
-    assert confu.stats.contemplate_tokens > 0, "without attach(): the adapter that PEFT loaded serves"
-    weightless = ConFuAssistant(confu.config).double()
-    weightless.attach(model)
-    assert torch.equal(assisted(model, weightless), plain(model))
-    weightless.detach()
-    assert model.get_base_model().confu.current == "default", "what PEFT loaded stays"
-
-
-def test_native_adapter_routes_to_the_loop(folder):
-    target = tiny_llama()
-    target.load_adapter(str(folder), adapter_kwargs={"subfolder": "adapter"})
-    confu = ConFuAssistant.from_pretrained(folder, dtype="float64")
-    assert torch.equal(assisted(target, confu), plain(target)) and confu.stats.contemplate_tokens > 0
-    target.disable_adapters()
-    assert torch.equal(assisted(target, confu), plain(target)) and confu.stats.contemplate_tokens == 0
-
-
-def test_pipeline_routes_to_the_loop(target, confu, tokenizer):
-    arguments = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
-    expected = pipeline("text-generation", model=target, tokenizer=tokenizer)("hello", **arguments)
-    confu.stats = None
-    routed = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=confu)
-    assert routed("hello", **arguments) == expected and confu.stats is not None
-
-
-def test_other_assistants_pass_through(target, confu):
-    small = tiny_llama(num_hidden_layers=2)
-    expected = plain(target)
-    assert torch.equal(plain(target, assistant_model=small), expected)
-    assert torch.equal(plain(target, prompt_lookup_num_tokens=3), expected)
-    beams = plain(tiny_llama(), num_beams=2)
-    assert torch.equal(plain(target, num_beams=2), beams)
-    assert confu.stats is None
-
-
-def test_stop_strings(target, confu, tokenizer):
-    stop = tokenizer.decode(plain(target)[0, PROMPT.shape[1] + 10 :][:2])
-    assert len(stop) == 2
-    arguments = {"stop_strings": [stop], "tokenizer": tokenizer}
-    expected = plain(target, **arguments)
-    assert expected.shape[1] < PROMPT.shape[1] + 24
-    assert torch.equal(assisted(target, confu, **arguments), expected)
-
-
-def test_stopping_criteria_and_eos(target, confu):
-    class Longer(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            return torch.tensor([input_ids.shape[1] > PROMPT.shape[1] + 6])
-
-    criteria = StoppingCriteriaList([Longer()])
-    assert torch.equal(assisted(target, confu, stopping_criteria=criteria), plain(target, stopping_criteria=criteria))
-    eos = int(plain(target)[0, PROMPT.shape[1] + 9])
-    assert torch.equal(assisted(target, confu, eos_token_id=eos), plain(target, eos_token_id=eos))
-
-
-def test_streaming(target, confu, tokenizer):
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
-    thread = Thread(target=assisted, args=(target, confu), kwargs={"streamer": streamer})
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    assert text == tokenizer.decode(plain(target)[0, PROMPT.shape[1] :])
-
-
-def test_scores_and_logits(target, confu):
-    flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
-    left, right = plain(target, **flags), assisted(target, confu, **flags)
-    assert torch.equal(left.sequences, right.sequences)
-    torch.testing.assert_close(torch.stack(left.scores), torch.stack(right.scores))
-    torch.testing.assert_close(torch.stack(left.logits), torch.stack(right.logits))
-
-
-def test_second_turn_on_a_cache(target, confu):
-    cache = DynamicCache(config=target.config)
-    first = assisted(target, confu, past_key_values=cache, max_new_tokens=8)
-    assert 0 < cache.get_seq_length() < first.shape[1]
-    prompt = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
-    expected = target.generate(prompt, max_new_tokens=12)
-    again = target.generate(prompt, max_new_tokens=12, past_key_values=cache, assistant_model=confu)
-    assert torch.equal(again, expected)
-
-
-def test_left_padding(target, confu):
-    mask = (torch.arange(PROMPT.shape[1]) >= 3).long()[None]
-    assert torch.equal(assisted(target, confu, attention_mask=mask), plain(target, attention_mask=mask))
-
-
-# --- tree options
-
-
-@pytest.fixture
-def options_seen(monkeypatch):
-    """The options that reach the loop."""
-    seen = []
-    from confu_hf import generation
-
-    def loop(*args, **kwargs):
-        seen.append(args[7])
-        return real(*args, **kwargs)
-
-    real = generation.confu_generate
-    monkeypatch.setattr(generation, "confu_generate", loop)
-    return seen
-
-
-def test_options_travel(target, confu, options_seen):
-    expected = plain(target)
-    confu.generation_config.depth = 3
-    confu.generation_config.top_k = 4
-    config = GenerationConfig(max_new_tokens=24, total_tokens=9, top_k=50)
-    assert torch.equal(target.generate(PROMPT, generation_config=config, assistant_model=confu), expected)
-    arguments = {"total_tokens": 5, "depth": 2, "draft_top_k": 2, "contemplate_tokens": 3, "contemplate": False}
-    assert torch.equal(assisted(target, confu, **arguments), expected)
-    assert torch.equal(assisted(target, confu, do_sample=False, top_k=7), expected)
-    first, second, third = options_seen
-    assert (first.total_tokens, first.depth, first.top_k, first.contemplate) == (9, 3, 4, True)
-    assert (second.total_tokens, second.depth, second.top_k) == (5, 2, 2)
-    assert (second.contemplate_tokens, second.contemplate) == (3, False)
-    assert third.top_k == 4, "generate's own top_k is the sampler's"
-
-
-def test_none_for_contemplate_tokens_means_all(target, confu, options_seen):
-    confu.generation_config.contemplate_tokens = 2
-    assisted(target, confu, max_new_tokens=4)
-    assisted(target, confu, max_new_tokens=4, contemplate_tokens=None)
-    assert [options.contemplate_tokens for options in options_seen] == [2, None]
-
-
-def test_options_round_trip(confu, tmp_path):
-    config = confu.generation_config
-    config.total_tokens, config.depth, config.top_k, config.contemplate_tokens = 12, 4, 6, 3
-    confu.save_pretrained(tmp_path)
-    loaded = ConFuAssistant.from_pretrained(tmp_path).generation_config
-    for name in ("total_tokens", "depth", "top_k", "contemplate_tokens", "contemplate"):
-        assert getattr(loaded, name) == getattr(config, name)
-
-
-def test_options_without_an_assistant_are_refused_as_ever(target, confu):
-    with pytest.raises(ValueError, match="not used by the model: .*total_tokens"):
-        plain(target, total_tokens=3)
-
-
-def test_adapter_options_of_from_target(target):
-    ConFuAssistant.from_target(target, soft_prompt_type="embedding", num_experts=5, num_experts_per_token=3)
-    adapter = target.confu.config
-    assert isinstance(adapter, ConFuAdapterConfig)
-    assert (adapter.soft_prompt_type, adapter.num_experts, adapter.num_experts_per_token) == ("embedding", 5, 3)

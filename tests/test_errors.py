@@ -53,9 +53,6 @@ def generate(target, confu, prompt=PROMPT, **kwargs):
     return lambda: target.generate(prompt, assistant_model=confu, **{"max_new_tokens": 6, **kwargs})
 
 
-# --- no adapter
-
-
 ATTACH = r"Call ConFuAssistant.from_pretrained\(path, target=model\) or confu.attach\(model\)"
 
 
@@ -92,9 +89,6 @@ def test_disabled_adapters_asked_to_contemplate(folder):
 
 def test_an_assistant_cannot_write_by_itself(target, confu):
     refused(["got a target that does not know its assistant", ATTACH], lambda: confu.generate(PROMPT), target)
-
-
-# --- another target
 
 
 @pytest.mark.parametrize(
@@ -144,9 +138,6 @@ def test_adapter_with_other_layers_than_the_draft(target):
     refused(message, generate(target, stranger), target)
 
 
-# --- placement
-
-
 def test_wrong_dtype(target, confu):
     message = [
         "differ in dtype: got a draft in torch.float32, expected torch.float64",
@@ -159,9 +150,6 @@ def test_wrong_dtype(target, confu):
 def test_wrong_device(target, confu):
     message = ["on different devices: got a draft on meta, expected cpu", r'Call confu.to\("cpu"\)']
     refused(message, generate(target, confu.to("meta")), target)
-
-
-# --- what is asked of generate
 
 
 @pytest.mark.parametrize(
@@ -247,9 +235,6 @@ def test_eagle_draft_asked_to_contemplate():
     refused(message, generate(target, eagle, contemplate=True), target)
 
 
-# --- architectures
-
-
 def test_state_space_target():
     target = tiny_target("mamba", state_size=4, attn_implementation="eager")
     for call in (
@@ -279,9 +264,6 @@ def test_something_that_is_no_model(confu):
     confu.detach()
     with pytest.raises(ValueError, match="got a Linear, expected a Transformers model or a PeftModel"):
         confu.attach(torch.nn.Linear(2, 2))
-
-
-# --- files
 
 
 def truncate(path):

@@ -1,0 +1,99 @@
+"""The rows of a batch that are trained, and attention of rows to what they share and to what each has for itself.
+
+What a row means, and which keys it has of its own, is told in training.py. Index work only: no model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .data import IGNORED
+
+
+@dataclass(frozen=True)
+class DraftRows:
+    """The rows of a batch that are trained. `R` = the most rows of any sequence."""
+
+    starts: torch.Tensor  # (B, R) long, t of each row
+    valid: torch.Tensor  # (K, B, R) bool: x_{t+2+k} belongs to the answer
+
+    @classmethod
+    def of(cls, labels: torch.Tensor, steps: int) -> DraftRows:
+        """Rows whose `x_{t+1}` and `x_{t+2}` belong to the answer. `labels` `(B, N)`."""
+        batch, length = labels.shape
+        answer = F.pad(labels != IGNORED, (0, steps + 2))  # (B, N + steps + 2)
+        is_row = answer[:, 1 : length + 1] & answer[:, 2 : length + 2]
+        count = int(is_row.sum(-1).max())
+        if count == 0:
+            raise ValueError(
+                f"labels: got no answer of two tokens or more in {batch} sequences, expected one at least. "
+                "Leave such sequences out (load_conversations does), or raise max_length if it cuts the answers off."
+            )
+        # A stable sort brings the row indices of each sequence to the front, in order.
+        starts = is_row.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
+        exists = is_row.gather(1, starts)
+        starts = torch.where(exists, starts, starts[:, :1])  # padding rows stay in range and are never used
+        valid = torch.stack([answer.gather(1, starts + 2 + k) & exists for k in range(steps)])
+        return cls(starts, valid.cumprod(0).bool())
+
+    def thinned(self, fraction: float) -> tuple[DraftRows, torch.Tensor]:
+        """Keep a random `fraction` of the rows beyond step 0; and the indices `(B, R')` of those rows, ascending."""
+        count = self.starts.shape[1]
+        chance = torch.rand(self.starts.shape, device=self.starts.device).masked_fill(~self.valid[0], -1.0)
+        kept = chance.topk(math.ceil(count * fraction), dim=-1).indices.sort(-1).values
+        chosen = torch.zeros_like(self.valid[0]).scatter(1, kept, True)
+        return DraftRows(self.starts, torch.cat([self.valid[:1], self.valid[1:] & chosen])), kept
+
+
+def gather_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`(B, N, d)` at `(B, R)` -> `(B, R, d)`."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def select_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `(B, R')` of keys or values `(B, kv_heads, R, head_dim)`, or of a mask `(B, R)`."""
+    if states.ndim == 2:
+        return states.gather(1, index)
+    return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+def row_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    own: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Attention over keys that all rows share and keys that belong to one row each.
+
+    Args:
+        query: `(B, heads, R, head_dim)`. keys, values: `(B, kv_heads, N, head_dim)`, shared. mask: `(B, R, N)` bool,
+            True = may attend.
+        own: per extra step, keys and values `(B, kv_heads, R, head_dim)`, row `r` for query `r` alone, and `(B, R)`
+            bool which rows have one.
+
+    Returns:
+        `(B, heads, R, head_dim)`.
+    """
+    batch, heads, rows, width = query.shape
+    kv_heads, groups = keys.shape[1], heads // keys.shape[1]
+    grouped = query.reshape(batch, kv_heads, groups * rows, width)
+    scores = (grouped @ keys.transpose(-1, -2)).view(batch, kv_heads, groups, rows, -1)
+    scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    by_group = query.view(batch, kv_heads, groups, rows, width)
+    extra = [
+        (by_group * key[:, :, None]).sum(-1, keepdim=True).masked_fill(~present[:, None, None, :, None], float("-inf"))
+        for key, _, present in own
+    ]
+    scale = 1 / math.sqrt(width)
+    scores = torch.cat([scores, *extra], dim=-1) * scale
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    shared = weights[..., : keys.shape[2]].reshape(batch, kv_heads, groups * rows, -1) @ values
+    context = shared.view(batch, kv_heads, groups, rows, width)
+    for index, (_, value, _) in enumerate(own):
+        context = context + weights[..., keys.shape[2] + index, None] * value[:, :, None]
+    return context.reshape(batch, heads, rows, width)

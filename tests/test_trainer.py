@@ -1,0 +1,172 @@
+"""The Trainer around it all: an interrupted run ends like an uninterrupted one, and its folder is what users load."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import tiny_llama
+from tiny_pairs import conversations, tiny_pair
+from transformers import TrainingArguments
+
+from confu_hf import ConFuAssistant
+from confu_hf.data import ConversationCollator
+from confu_hf.trainer import ConFuTrainer
+from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
+
+SEQUENCES = [(3, 12), (4, 14), (3, 9), (5, 16), (4, 10), (3, 15)]
+STEPS = 6  # of two sequences: two epochs
+OBJECTIVE = ConFuTrainingObjective(ttt_steps=3, num_anchors=4)
+
+
+def make_trainer(folder, contemplate: bool, **arguments) -> ConFuTrainer:
+    target = tiny_llama(dtype=torch.float32)
+    draft = tiny_pair(target, contemplate=contemplate)
+    fields = {
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "train_sampling_strategy": "group_by_length",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **arguments,
+    }
+    rows = conversations(*SEQUENCES)
+    return ConFuTrainer(
+        ConFuForTraining(target, draft, OBJECTIVE),
+        TrainingArguments(str(folder), **fields),
+        train_dataset=rows,
+        eval_dataset=rows[:3],
+        data_collator=ConversationCollator(0),
+    )
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["eagle3", "confu"])
+def finished(request, tmp_path_factory):
+    """A run from start to end: (with contemplation?, its folder, its trainer)."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(folder, request.param)
+    trainer.train()
+    trainer.save_model()
+    return request.param, folder, trainer
+
+
+def saved_weights(folder) -> dict[str, torch.Tensor]:
+    files = [folder / "model.safetensors", folder / "adapter" / "adapter_model.safetensors"]
+    return {f"{file.name} {key}": weight for file in files if file.exists() for key, weight in load_file(file).items()}
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("step", [2, 4])  # in the middle of the first epoch and of the second
+def test_a_resumed_run_ends_with_the_same_weights(finished, tmp_path, step):
+    contemplate, folder, trainer = finished
+    resumed = make_trainer(tmp_path, contemplate)
+    torch.manual_seed(99)  # nothing may hang on what the process did before
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    expected, got = saved_weights(folder / f"checkpoint-{STEPS}"), saved_weights(tmp_path / f"checkpoint-{STEPS}")
+    assert got.keys() == expected.keys()
+    for name, weight in got.items():
+        assert torch.equal(weight, expected[name]), name
+    assert logged(resumed, "loss") == logged(trainer, "loss")
+    assert logged(resumed, "answer_tokens_seen") == logged(trainer, "answer_tokens_seen")
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path):
+    sampler = make_trainer(tmp_path, False)._get_train_sampler()
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == list(range(len(SEQUENCES))) == sorted(orders[1]) and len(sampler) == len(SEQUENCES)
+
+
+def test_resuming_with_the_trainers_own_sampler(tmp_path):
+    whole, resumed = (make_trainer(tmp_path / name, True, train_sampling_strategy="random") for name in ("a", "b"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_every_trained_weight_moves_and_is_saved(finished):
+    contemplate, folder, trainer = finished
+    first, last = saved_weights(folder / "checkpoint-2"), saved_weights(folder)
+    for name, weight in last.items():
+        assert torch.equal(weight, first[name]) == name.endswith(("d2t", "t2d")), name
+    assert last.keys() == saved_weights(folder / f"checkpoint-{STEPS}").keys()
+    module = trainer.model
+    for name, weight in module.draft.state_dict().items():
+        assert torch.equal(last[f"model.safetensors {name}"], weight)
+
+
+def test_the_folder_is_what_users_load(finished):
+    contemplate, folder, trainer = finished
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if "checkpoint-" not in str(path)}
+    adapter = {"adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    draft = {"config.json", "generation_config.json", "model.safetensors"}
+    assert files - {"README.md"} - adapter == draft  # and no pickle
+    assert adapter <= files if contemplate else not adapter & files
+    target = tiny_llama()
+    assistant = ConFuAssistant.from_pretrained(folder, target=target)
+    assert assistant.dtype == torch.float64 and assistant.config.contemplate == contemplate
+    torch.testing.assert_close(assistant.lm_head.weight, trainer.model.draft.lm_head.weight.double(), rtol=0, atol=0)
+    if contemplate:
+        trained = trainer.model.target.confu.adapter_weights("default")
+        for name, weight in target.confu.adapter_weights("default").items():
+            torch.testing.assert_close(weight, trained[name].double(), rtol=0, atol=0)
+    prompt = torch.tensor([[5, 17, 40, 8]])
+    expected = tiny_llama().generate(prompt, max_new_tokens=12, do_sample=False)
+    assert torch.equal(
+        target.generate(prompt, assistant_model=assistant, max_new_tokens=12, do_sample=False), expected
+    )
+    assert assistant.stats.rounds > 0
+    assert (assistant.stats.contemplate_tokens > 0) == contemplate
+
+
+def test_peft_loads_the_adapter_of_the_folder(finished):
+    contemplate, folder, trainer = finished
+    if not contemplate:
+        pytest.skip("an EAGLE-3 draft has no adapter")
+    model = PeftModel.from_pretrained(tiny_llama(dtype=torch.float32), folder, subfolder="adapter")
+    trained = trainer.model.target.confu.adapter_weights("default")
+    for name, weight in model.get_base_model().confu.adapter_weights("default").items():
+        assert torch.equal(weight, trained[name])
+
+
+def test_checkpoints_hold_what_resuming_needs(finished):
+    _, folder, _ = finished
+    names = {path.name for path in (folder / "checkpoint-2").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
+
+
+def test_what_is_logged(finished):
+    _, folder, trainer = finished
+    seen = logged(trainer, "answer_tokens_seen")
+    drafted = sum(length - prompt - 1 for prompt, length in SEQUENCES)  # the first token is drawn at prefill
+    assert seen == sorted(seen) and seen[2] == drafted and seen[-1] == 2 * drafted  # after each epoch
+    accepted = logged(trainer, "train_accepted_length")
+    assert len(accepted) == STEPS and all(1.0 <= length <= 4.0 for length in accepted)
+    history = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["answer_tokens_seen"] == seen[-1]
+
+
+def test_evaluation(finished):
+    _, _, trainer = finished
+    metrics = trainer.evaluate()
+    module = trainer.model.eval()
+    with torch.no_grad():
+        outputs = module(**ConversationCollator(0)(conversations(*SEQUENCES)[:3]))
+    total, rows = outputs["accepted"].sum(0).tolist()
+    assert metrics["eval_accepted_length"] == pytest.approx(total / rows)
+    for depth, (right, guesses) in enumerate(outputs["correct"].sum(0).tolist(), start=1):
+        assert metrics[f"eval_accuracy_depth_{depth}"] == pytest.approx(right / guesses)
+    assert metrics["eval_loss"] == pytest.approx(outputs["loss"].item(), rel=1e-5)

@@ -1,0 +1,367 @@
+"""Which rows train, what they see, where gradients go. test_training_equals_decoding.py compares with decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from tiny_pairs import conversations, tiny_pair
+from torch.nn import functional as F
+
+from confu_hf import training
+from confu_hf.data import IGNORED, ConversationCollator
+from confu_hf.draft_rows import DraftRows, row_attention
+from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
+
+A_TO_F = [[IGNORED, IGNORED, 12, 13, 14, 15]]  # prompt `a b`, answer `c d e f`
+
+
+def batch_of(*lengths: tuple[int, int]) -> dict[str, torch.Tensor]:
+    return ConversationCollator(0)(conversations(*lengths))
+
+
+def choose_anchors(monkeypatch, *rows: int) -> None:
+    """Let the random choice of anchors fall on these rows."""
+
+    def chosen(*shape, device=None):
+        return torch.zeros(shape).index_fill_(-1, torch.tensor(rows), 1.0)
+
+    monkeypatch.setattr(torch, "rand", chosen)
+
+
+def spy(module, monkeypatch, method: str):
+    """Arguments and result of the last call of a method of `module`."""
+    seen, original = {}, getattr(module, method)
+
+    def record(*args):
+        seen["args"], seen["result"] = args, original(*args)
+        return seen["result"]
+
+    monkeypatch.setattr(module, method, record)
+    return seen
+
+
+def test_rows_worked_example_of_the_docstring():
+    rows = DraftRows.of(torch.tensor(A_TO_F), steps=3)
+    assert rows.starts.tolist() == [[1, 2, 3]]
+    # Row 1 drafts d, e, f; row 2 e, f; row 3 f.
+    assert rows.valid[:, 0].T.tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+
+
+def test_rows_of_a_batch_and_of_an_answer_in_two_parts():
+    labels = torch.full((3, 9), IGNORED)
+    labels[0, 2:6] = 7
+    labels[1, 1:4], labels[1, 5:9] = 7, 7
+    labels[2, 4] = 7  # one token is drawn at prefill: nothing to draft
+    rows = DraftRows.of(labels, steps=2)
+    assert rows.valid[0].tolist() == [[True] * 3 + [False] * 2, [True] * 5, [False] * 5]
+    assert rows.starts[0, :3].tolist() == [1, 2, 3]
+    assert rows.starts[1].tolist() == [0, 1, 4, 5, 6]
+    assert rows.valid[1, 1].tolist() == [True, False, True, True, False]  # no step reaches over the gap
+
+
+def test_an_answer_behind_a_gap_does_not_make_a_step_valid():
+    labels = torch.full((1, 8), IGNORED)
+    labels[0, 1:3], labels[0, 4:6] = 7, 7
+    rows = DraftRows.of(labels, steps=4)
+    # Row 0 drafts position 2; position 3 is a prompt's, so positions 4 and 5 are out of reach.
+    assert rows.starts[0].tolist() == [0, 3] and rows.valid[:, 0, 0].tolist() == [True, False, False, False]
+
+
+def test_a_batch_without_answers_is_refused():
+    with pytest.raises(ValueError, match="got no answer of two tokens or more in 2 sequences"):
+        DraftRows.of(torch.full((2, 5), IGNORED), steps=2)
+
+
+def render(step: int, row: int, groups: list[torch.Tensor]) -> str:
+    head = f"    step {step}  " if row == 1 else " " * 12
+    cells = [" ".join("#" if seen else "." for seen in group.tolist()) for group in groups]
+    return f"{head}row {row}   {cells[0]:18}{cells[1]:14}{cells[2]:14}{cells[3]}"
+
+
+def test_the_drawing_in_the_docstring_is_the_mask(monkeypatch):
+    calls, attend = [], training.row_attention
+
+    def record(query, keys, values, mask, own):
+        calls.append((mask[0], [present[0] for _, _, present in own]))
+        return attend(query, keys, values, mask, own)
+
+    monkeypatch.setattr(training, "row_attention", record)
+    choose_anchors(monkeypatch, 0)  # row t = 1
+    target = tiny_llama()
+    module = ConFuForTraining(
+        target, tiny_pair(target), ConFuTrainingObjective(ttt_steps=3, num_anchors=1, replication=2)
+    )
+    ids = torch.arange(10, 16)[None]
+    module.train()(ids, torch.ones_like(ids), torch.tensor(A_TO_F))
+    drawn = []
+    for step, (mask, (future, *own)) in enumerate(calls):
+        own = own + [torch.zeros(3, dtype=torch.bool)] * (2 - len(own))
+        for row in range(3):
+            only_mine = torch.arange(3) == row
+            drawn.append(render(step, row + 1, [mask[row], *(only_mine & seen[row] for seen in (*own, future))]))
+    assert drawn == [line for line in training.__doc__.splitlines() if " row " in line and " # " in line]
+
+
+def test_thinned_rows_are_the_same_rows(monkeypatch):
+    """Rows left out beyond step 0 change no other row, and are trained at step 0 alone."""
+    target = tiny_llama()
+    objective = ConFuTrainingObjective(ttt_steps=3, num_anchors=100, replication=1, max_lag=1)
+    module = ConFuForTraining(target, tiny_pair(target), objective).train()
+    whole = spy(module, monkeypatch, "_unroll")
+    batch = batch_of((3, 14), (3, 9))  # ten rows and five
+    module(**batch)
+    expected, rows = whole["result"], whole["args"][2]
+    objective.deep_row_fraction = 0.4
+    torch.manual_seed(0)
+    thin = spy(module, monkeypatch, "_loss")
+    module(**batch)
+    outputs, thinned = thin["args"][:2]
+    assert torch.equal(thinned.valid[0], rows.valid[0])
+    deep = whole["args"][-1]  # `whole` saw this call too
+    assert deep.shape == (2, 4) and deep[0].tolist() not in ([0, 1, 2, 3], [6, 7, 8, 9])
+    expected_valid = rows.valid[1:] & torch.zeros_like(rows.valid[0]).scatter(1, deep, True)
+    assert torch.equal(thinned.valid[1:], expected_valid) and expected_valid.any()
+    torch.testing.assert_close(outputs[thinned.valid], expected[thinned.valid], rtol=1e-10, atol=1e-10)
+    module.eval()(**batch)
+    assert torch.equal(thin["args"][1].valid, rows.valid)
+
+
+def test_the_loss_of_the_futures_is_a_prediction_of_the_contemplate_tokens(monkeypatch):
+    target = tiny_llama()
+    objective = ConFuTrainingObjective(num_anchors=3, max_lag=1)
+    module = ConFuForTraining(target, tiny_pair(target), objective).train()
+    choose_anchors(monkeypatch, 0, 4, 8)
+    batch = batch_of((3, 14))  # rows 2..11, so anchors 2, 6 and 10
+    plain = module(**batch)["loss"]
+    objective.future_weight = 0.5
+    seen = spy(module, monkeypatch, "_row_futures")
+    loss = module(**batch)["loss"]
+    futures, ids = seen["result"], module.draft.draft_token_ids
+    assert futures.anchors.tolist() == [[2, 6, 10]]
+    logits = target(batch["input_ids"]).logits[0, futures.anchors[0] + 1]
+    inside = module.draft.t2d[logits.argmax(-1)]
+    log_p = logits[:, ids].float().log_softmax(-1)
+    log_q = (futures.last[0] @ target.lm_head.weight[ids].T).log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[inside].mean()
+    torch.testing.assert_close(loss - plain, 0.5 * divergence.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
+    # It reaches the adapter past a draft that does not listen.
+    module.zero_grad()
+    (loss - plain).backward()
+    assert all(parameter.grad.any() for parameter in target.confu.parameters())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_row_attention_is_dense_attention_under_the_explicit_mask(groups):
+    torch.manual_seed(0)
+    batch, kv_heads, rows, keys, width, steps = 2, 2, 5, 7, 8, 3
+    query = torch.randn(batch, kv_heads * groups, rows, width, dtype=torch.float64, requires_grad=True)
+    shared = [torch.randn(batch, kv_heads, keys, width, dtype=torch.float64) for _ in range(2)]
+    mask = torch.rand(batch, rows, keys) > 0.4
+    mask[..., 0] = True
+    own = []
+    for _ in range(steps):
+        key, value = torch.randn(2, batch, kv_heads, rows, width, dtype=torch.float64)
+        own.append((key, value, torch.rand(batch, rows) > 0.3))
+    got = row_attention(query, *shared, mask, own)
+    dense_keys = torch.cat([shared[0], *(key for key, _, _ in own)], dim=2)
+    dense_values = torch.cat([shared[1], *(value for _, value, _ in own)], dim=2)
+    dense_mask = torch.cat([mask, *(torch.diag_embed(present) for *_, present in own)], dim=-1)[:, None]
+    expected = F.scaled_dot_product_attention(query, dense_keys, dense_values, dense_mask, enable_gqa=True)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(output.square().sum(), query)[0] for output in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("contemplate", [True, False])
+def test_padding_on_the_right_changes_nothing(contemplate):
+    target = tiny_llama()
+    module = ConFuForTraining(target, tiny_pair(target, contemplate=contemplate)).eval()
+    batch = batch_of((4, 12))
+    expected = module(**batch)
+    padded = {
+        "input_ids": F.pad(batch["input_ids"], (0, 5), value=55),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 5)),
+        "labels": F.pad(batch["labels"], (0, 5), value=IGNORED),
+    }
+    for name, value in module(**padded).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("contemplate", [True, False])
+def test_the_loss_of_a_batch_is_the_mean_over_its_rows(contemplate):
+    target = tiny_llama()
+    draft = tiny_pair(target, contemplate=contemplate)
+    module = ConFuForTraining(target, draft, ConFuTrainingObjective(ttt_steps=1)).eval()
+    lengths = [(4, 12), (7, 10), (2, 16)]
+    together = module(**batch_of(*lengths))
+    rows = conversations(*lengths)
+    alone = [module(**ConversationCollator(0)([row])) for row in rows]
+    counts = torch.tensor([length - prompt - 1 for prompt, length in lengths])
+    mean = sum(count * output["loss"] for count, output in zip(counts, alone, strict=True)) / counts.sum()
+    torch.testing.assert_close(together["loss"], mean, rtol=1e-7, atol=0)  # weights of steps are float32
+    for name in ("accepted", "correct"):
+        assert torch.equal(together[name], torch.cat([output[name] for output in alone]))
+    assert together["correct"][:, 0, 1].tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("kind", ["kv", "embedding", None])
+def test_gradients_reach_draft_and_adapter_and_nothing_else(kind):
+    target = tiny_llama().requires_grad_(True)  # the module freezes it
+    fields = {"contemplate": False} if kind is None else {"soft_prompt_type": kind}
+    draft = tiny_pair(target, **fields)
+    torch.manual_seed(0)
+    module = ConFuForTraining(target, draft).train()
+    module(**batch_of((4, 16), (3, 12)))["loss"].backward()
+    trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+    adapter = {f"target.confu.confu_{name}.default.weight" for name in ("prompts", "experts", "router")}
+    assert trained == {f"draft.{name}" for name, _ in draft.named_parameters()} | (adapter if kind else set())
+    for name in trained:
+        gradient = module.get_parameter(name).grad
+        assert gradient.isfinite().all() and gradient.any(), name
+
+
+@pytest.mark.parametrize("replication", [1, 3, 100])
+def test_a_future_is_handed_to_the_rows_behind_its_anchor(replication, monkeypatch):
+    target = tiny_llama()
+    objective = ConFuTrainingObjective(num_anchors=2, replication=replication, max_lag=1)
+    module = ConFuForTraining(target, tiny_pair(target), objective)
+    choose_anchors(monkeypatch, 1, 6)
+    seen = spy(module, monkeypatch, "_row_futures")
+    batch = batch_of((3, 14))  # ten rows
+    module.train()(**batch)
+    futures = seen["result"]
+    anchor = [None, 1, 1, 1, 1, 1, 6, 6, 6, 6]
+    expected = [from_ is not None and row - from_ < replication for row, from_ in enumerate(anchor)]
+    assert futures.present[0].tolist() == expected
+    module.eval()(**batch)
+    own = seen["result"]  # a future of its own for every row
+    assert own.present.all()
+    for row, present in enumerate(expected):
+        torch.testing.assert_close(futures.embeds[0, row], own.embeds[0, row])
+        if present:
+            torch.testing.assert_close(futures.states[0, row], own.states[0, anchor[row]], rtol=1e-9, atol=1e-9)
+
+
+def test_a_future_is_not_handed_over_a_gap_in_the_answer(monkeypatch):
+    target = tiny_llama()
+    module = ConFuForTraining(target, tiny_pair(target), ConFuTrainingObjective(num_anchors=1, replication=3))
+    choose_anchors(monkeypatch, 1)
+    seen = spy(module, monkeypatch, "_row_futures")
+    batch = batch_of((3, 14))
+    batch["labels"][:, 6:9] = IGNORED  # answers 3..5 and 9..13: rows 2, 3 and 8..11
+    module.train()(**batch)
+    assert seen["args"][-1].starts.tolist() == [[2, 3, 8, 9, 10, 11]]
+    assert seen["result"].present.tolist() == [[False, True, False, False, False, False]]
+
+
+def test_rows_without_a_future_are_eagle3_rows(monkeypatch):
+    target = tiny_llama()
+    draft = tiny_pair(target)
+    module = ConFuForTraining(target, draft, ConFuTrainingObjective(num_anchors=1, replication=2)).train()
+    choose_anchors(monkeypatch, 4)
+    seen = spy(module, monkeypatch, "_unroll")
+    batch = batch_of((3, 14))
+    module(**batch)
+    confu = seen["result"]
+    draft.config.contemplate = False
+    module(**batch)
+    differs = (confu - seen["result"]).abs().amax((0, -1))[0] > 1e-9
+    assert differs.nonzero().flatten().tolist() == [4, 5]
+
+
+def test_anchors_lags_and_their_sources(monkeypatch):
+    """Each anchor reads features 1 to max_lag positions before it, never its own."""
+    target = tiny_llama()
+    objective = ConFuTrainingObjective(num_anchors=100, max_lag=3)
+    module = ConFuForTraining(target, tiny_pair(target), objective)
+    batch = batch_of((4, 30))
+    embed, read = target.confu.contemplate_embedding, []
+    monkeypatch.setattr(target.confu, "contemplate_embedding", lambda states: read.append(states) or embed(states))
+    seen = spy(module, monkeypatch, "_run_target")
+    torch.manual_seed(0)
+    for _ in range(4):
+        module.train()(**batch)
+    features = seen["result"][0][0]
+    lags = set()
+    for states in read:
+        for anchor, state in zip(range(3, 28), states[0], strict=True):
+            (source,) = (features - state).abs().amax(-1).lt(1e-12).nonzero().flatten().tolist()
+            lags.add(anchor - source)
+    assert lags == {1, 2, 3}
+
+
+def test_metrics_count_right_guesses(monkeypatch):
+    """A draft that says what the target says is right at every step, and accepts whole chains."""
+    target = tiny_llama()
+    module = ConFuForTraining(
+        target, tiny_pair(target, contemplate=False), ConFuTrainingObjective(ttt_steps=3, ttt_decay=0.5)
+    ).eval()
+    batch = batch_of((3, 11))
+
+    def exact(states, head, log_probs, choice, target_rows, weights, chunk=512):
+        exact.weights = weights
+        return weights.sum(), torch.ones(len(states), dtype=torch.bool)
+
+    monkeypatch.setattr(training, "linear_kl", exact)
+    # Every token is in the draft's vocabulary.
+    monkeypatch.setattr(module, "_draft_view", lambda logits, choices: (logits.log_softmax(-1), choices.clamp_min(0)))
+    outputs = module(**batch)
+    assert outputs["accepted"].tolist() == [[4.0 * 5, 5.0]]  # 7 rows, 5 of them with 3 steps before the end
+    assert outputs["correct"].tolist() == [[[7, 7], [6, 6], [5, 5]]]
+    torch.testing.assert_close(outputs["loss"], torch.tensor(1 + 0.5 + 0.25))  # the mean at each step, then the decay
+
+
+def test_what_the_target_would_say_outside_the_draft_vocabulary_is_left_out(monkeypatch):
+    target = tiny_llama()
+    module = ConFuForTraining(target, tiny_pair(target, contemplate=False), ConFuTrainingObjective(ttt_steps=1)).eval()
+    batch = batch_of((3, 30))
+    seen = spy(module, monkeypatch, "_run_target")
+    outputs = module(**batch)
+    _, log_probs, choice, _ = seen["result"]
+    logits = target(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[0, 3:]
+    inside = module.draft.t2d[logits.argmax(-1)]
+    assert 0 < inside.sum() < len(inside)
+    assert torch.equal(choice[0] >= 0, inside)
+    ids = module.draft.draft_token_ids
+    assert torch.equal(ids[choice[0, inside]], logits.argmax(-1)[inside])
+    torch.testing.assert_close(log_probs[0], logits[:, ids].float().log_softmax(-1))
+    # No prediction of such a row counts as right, and its loss is zero.
+    module.draft.lm_head.weight.data.zero_()
+    expected = -(log_probs[0].exp() * -log_probs[0]).sum(-1) + torch.log(torch.tensor(64.0))  # KL to uniform
+    count = outputs["correct"][0, 0, 1]
+    torch.testing.assert_close(
+        module(**batch)["loss"].float(), (expected * inside)[: int(count)].sum() / count, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["kv", "embedding", None])
+def test_a_few_steps_lower_the_loss(kind):
+    target = tiny_llama(dtype=torch.float32)
+    fields = {"contemplate": False} if kind is None else {"soft_prompt_type": kind}
+    torch.manual_seed(0)
+    module = ConFuForTraining(target, tiny_pair(target, **fields)).train()
+    batch = batch_of((4, 20), (4, 16))
+    before = module.eval()(**batch)["loss"].item()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=5e-3)
+    module.train()
+    for _ in range(15):
+        optimizer.zero_grad()
+        module(**batch)["loss"].backward()
+        optimizer.step()
+    assert module.eval()(**batch)["loss"].item() < 0.7 * before
+
+
+def test_the_adapter_alone_lowers_the_loss():
+    """With the draft frozen, only what the target contemplates can help."""
+    target = tiny_llama(dtype=torch.float32)
+    torch.manual_seed(0)
+    module = ConFuForTraining(target, tiny_pair(target), ConFuTrainingObjective(max_lag=1)).eval()
+    batch = batch_of((4, 20), (4, 16))
+    before = module(**batch)["loss"].item()
+    optimizer = torch.optim.AdamW(target.confu.parameters(), lr=2e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        module(**batch)["loss"].backward()
+        optimizer.step()
+    assert module(**batch)["loss"].item() < 0.98 * before

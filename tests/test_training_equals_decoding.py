@@ -1,0 +1,167 @@
+"""What training computes for a row is what decoding computes when a round starts there: all rows, all steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, NUM_LAYERS, keep_softmax_in_float64, tiny_llama
+from tiny_pairs import conversations, tiny_pair
+
+from confu_hf.cache import TreeCache
+from confu_hf.data import ConversationCollator
+from confu_hf.drafting import DraftRound
+from confu_hf.target import prefill, soft_prompt_key_values, verify
+from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.tree import DraftTree, verify_layout
+
+STEPS, PROMPT, LENGTH = 4, 5, 13
+KINDS = [
+    ("llama", "kv"),
+    ("llama", "embedding"),
+    ("llama", None),  # EAGLE-3
+    ("qwen3", "kv"),
+    ("mistral", "kv"),
+    ("gemma2", "embedding"),
+    ("gemma3", "kv"),
+    ("granite", None),
+]
+CASES = [(*case, lag) for case in KINDS for lag in ((1, 3) if case[1] else (1,))]
+
+
+@pytest.fixture(autouse=True)
+def _exact_softmax(monkeypatch):
+    keep_softmax_in_float64(monkeypatch)
+
+
+def pair(architecture: str, kind: str | None):
+    target = ARCHITECTURES[architecture]()
+    fields = {"contemplate": False} if kind is None else {"soft_prompt_type": kind}
+    draft = tiny_pair(target, **fields)
+    if kind is not None:
+        with torch.no_grad():
+            target.confu.prompt_weight().mul_(3.0)  # so that nobody overlooks them
+    return target, draft
+
+
+def trained_outputs(target, draft, batch, *, lag: int, monkeypatch):
+    """`(K, B, R, d)` normalised outputs of the unrolled draft, and the rows they belong to."""
+    objective = ConFuTrainingObjective(ttt_steps=STEPS, num_anchors=100, replication=1, max_lag=lag)
+    module = ConFuForTraining(target, draft, objective).eval()
+    if lag > 1:  # evaluation contemplates at lag 1; training draws 1..max_lag
+        module.train()
+        monkeypatch.setattr(torch, "randint", lambda low, high, shape, device=None: torch.full(shape, high - 1))
+    seen = {}
+    monkeypatch.setattr(module, "_loss", lambda outputs, rows, *_: seen.update(outputs=outputs, rows=rows))
+    with torch.no_grad():
+        module(**batch)
+    return seen["outputs"], seen["rows"]
+
+
+def chain(tokens: torch.Tensor) -> DraftTree:
+    """`(1, W)` tokens, each the child of the one before."""
+    index = torch.arange(tokens.shape[1])[None]
+    return DraftTree(tokens, index - 1, index, torch.zeros_like(index, dtype=torch.float))
+
+
+def decoded_round(target, draft, tokens, row: int, lag: int):
+    """`(K, d)` normalised outputs of a round that starts at `row`, driven with the true tokens.
+
+    The round before verified the `lag` tokens up to `row` as a chain: its newest known features were those of position
+    `row - lag`, its root was the token behind them, and the contemplate token of the chain's last node gives `f`.
+    """
+    contemplate, ids = draft.config.contemplate, draft.config.target_layer_ids
+    prompts = None
+    if contemplate:
+        layer = target.confu
+        weight = layer.prompt_weight()
+        prompts = weight if layer.soft_prompt_type == "kv" else soft_prompt_key_values(target, weight)
+    cache = TreeCache(NUM_LAYERS, prompts)
+    known = row - lag + 1
+    features = prefill(target, tokens[:, :known], cache, ids).features
+    nodes = torch.full((1, 1), lag - 1) if contemplate else torch.empty(1, 0, dtype=torch.long)
+    layout = verify_layout(
+        chain(tokens[:, known : row + 1]),
+        nodes,
+        committed_position_ids=torch.arange(known)[None],
+        soft_prompt_length=cache.soft_prompt_length,
+    )
+    embedding = target.confu.contemplate_embedding(features[:, -1]) if contemplate else None
+    verified = verify(target, layout, embedding, cache, ids)
+    drafting = DraftRound(
+        draft,
+        target.get_input_embeddings(),
+        TreeCache(1),
+        tokens=tokens[:, 1 : row + 2],
+        features=torch.cat([features, verified.features], dim=1),
+        position_ids=torch.arange(row + 1)[None],
+        future=verified.futures[:, 0] if contemplate else None,
+        top_k=1,
+    )
+    outputs = []
+    for step in range(min(STEPS, tokens.shape[1] - row - 1)):
+        parents = None if step == 0 else torch.zeros(1, 1, dtype=torch.long)
+        drafting.step(tokens[:, row + 1 + step, None], parents)
+        outputs.append(draft.norm(drafting.hidden_states[0, 0]))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("architecture", "kind", "lag"), CASES)
+def test_every_row_and_step(architecture, kind, lag, monkeypatch):
+    target, draft = pair(architecture, kind)
+    # The second sequence is shorter: padding on the right, and other rows.
+    batch = ConversationCollator(0)(conversations((PROMPT, LENGTH), (PROMPT + 1, LENGTH - 3)))
+    outputs, rows = trained_outputs(target, draft, batch, lag=lag, monkeypatch=monkeypatch)
+    assert rows.starts[0].tolist() == list(range(PROMPT - 1, LENGTH - 2))
+    compared = 0
+    for sequence in range(2):
+        tokens = batch["input_ids"][sequence : sequence + 1, : batch["attention_mask"][sequence].sum()]
+        for index in rows.valid[0, sequence].nonzero().flatten().tolist():
+            row = rows.starts[sequence, index].item()
+            with torch.no_grad():
+                expected = decoded_round(target, draft, tokens, row, lag)
+            steps = rows.valid[:, sequence, index].sum()  # those that are trained
+            torch.testing.assert_close(outputs[:steps, sequence, index], expected[:steps], rtol=1e-9, atol=1e-9)
+            compared += steps.item()
+    assert compared == (4 * 4 + 3 + 2 + 1) + (
+        3 + 2 + 1
+    )  # 7 rows and 3; the end of the answer cuts the last ones short
+
+
+def test_a_slip_of_the_future_would_be_seen(monkeypatch):
+    """The negative control: soft prompts, the source of the contemplate token and its position all matter."""
+    target, draft = pair("llama", "kv")
+    batch = ConversationCollator(0)(conversations((PROMPT, LENGTH)))
+    outputs, rows = trained_outputs(target, draft, batch, lag=1, monkeypatch=monkeypatch)
+    row = rows.starts[0, 3].item()
+
+    def differs() -> bool:
+        with torch.no_grad():
+            return (decoded_round(target, draft, batch["input_ids"], row, 1) - outputs[:, 0, 3]).abs().max() > 1e-4
+
+    assert not differs()
+    weights = target.confu.adapter_weights("default")
+    for name in ("confu_prompts", "confu_experts", "confu_router"):
+        kept = weights[name].clone()
+        weights[name].copy_(-kept)
+        assert differs(), name
+        weights[name].copy_(kept)
+    with torch.no_grad():
+        other_lag = decoded_round(target, draft, batch["input_ids"], row, 2)
+    assert (other_lag - outputs[:, 0, 3]).abs().max() > 1e-4
+
+
+def test_training_mode_with_an_anchor_at_every_row_is_evaluation(monkeypatch):
+    target, draft = pair("llama", "kv")
+    batch = ConversationCollator(0)(conversations((PROMPT, LENGTH)))
+    objective = ConFuTrainingObjective(ttt_steps=STEPS, num_anchors=100, replication=1, max_lag=1)
+    module = ConFuForTraining(target, draft, objective)
+    torch.testing.assert_close(module.train()(**batch)["loss"], module.eval()(**batch)["loss"], rtol=1e-12, atol=0)
+
+
+def test_the_target_is_in_eval_mode_while_the_draft_trains():
+    """With dropout the target would say other things than it does when it decodes."""
+    target = tiny_llama(attention_dropout=0.5)
+    draft = tiny_pair(target, contemplate=False)
+    batch = ConversationCollator(0)(conversations((PROMPT, LENGTH)))
+    module = ConFuForTraining(target, draft)
+    assert module.train()(**batch)["loss"] == module.eval()(**batch)["loss"]
