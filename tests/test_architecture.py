@@ -72,10 +72,11 @@ ALLOWED = {
         "modeling_confu",
         "target",
     },
-    "trainer": {"adapter_weights", "errors", "training"},
+    "optimization": {"errors"},
+    "trainer": {"adapter_weights", "errors", "optimization", "training"},
     "warm_start": {"errors", "modeling_confu"},
 }
-TRAINING = {"data", "draft_rows", "feature_store", "losses", "trainer", "training", "warm_start"}
+TRAINING = {"data", "draft_rows", "feature_store", "losses", "optimization", "trainer", "training", "warm_start"}
 DECODING = {
     "assisted",
     "attachment",
@@ -146,8 +147,8 @@ def test_imports_are_found_wherever_they_are(code, expected):
 
 
 def test_every_file_has_its_place():
-    assert MODULES <= set(ALLOWED), "give the new file its place in ALLOWED"
-    assert set(ALLOWED) <= MODULES, "a file is gone: take it out of ALLOWED"
+    assert not MODULES - set(ALLOWED), "give the new file its place in ALLOWED"
+    assert not set(ALLOWED) - MODULES, "a file is gone: take it out of ALLOWED"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -22,7 +22,7 @@ STEPS = 6  # of two sequences: two epochs
 OBJECTIVE = ConFuTrainingObjective(ttt_steps=3, num_anchors=4)
 
 
-def make_trainer(folder, contemplate: bool, **arguments) -> ConFuTrainer:
+def make_trainer(folder, contemplate: bool, trainer_arguments: dict | None = None, **arguments) -> ConFuTrainer:
     target = tiny_llama(dtype=torch.float32)
     draft = tiny_pair(target, contemplate=contemplate)
     fields = {
@@ -44,6 +44,7 @@ def make_trainer(folder, contemplate: bool, **arguments) -> ConFuTrainer:
         train_dataset=rows,
         eval_dataset=rows[:3],
         data_collator=ConversationCollator(0),
+        **(trainer_arguments or {}),
     )
 
 
@@ -78,6 +79,20 @@ def test_a_resumed_run_ends_with_the_same_weights(finished, tmp_path, step):
         assert torch.equal(weight, expected[name]), name
     assert logged(resumed, "loss") == logged(trainer, "loss")
     assert logged(resumed, "answer_tokens_seen") == logged(trainer, "answer_tokens_seen")
+
+
+def test_resuming_with_muon(tmp_path):
+    options = {"muon": True, "adapter_learning_rate": 1e-2}
+    whole, resumed, adamw = (
+        make_trainer(tmp_path / name, True, chosen) for name, chosen in (("a", options), ("b", options), ("c", {}))
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    adamw.train()
+    assert logged(resumed, "loss") == logged(whole, "loss") != logged(adamw, "loss")
+    expected, got = (saved_weights(tmp_path / name / f"checkpoint-{STEPS}") for name in "ab")
+    for name, weight in got.items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_every_epoch_has_an_order_of_its_own(tmp_path):
