@@ -78,6 +78,7 @@ class RowFutures:
     states: torch.Tensor  # (B, R, d)  W_f f
     present: torch.Tensor  # (B, R) bool
     anchors: torch.Tensor  # (B, A) long, positions that were contemplated after
+    chosen: torch.Tensor  # (B, A) bool, False where a sequence has fewer rows than anchors
     last: torch.Tensor  # (B, A, d) the contemplate tokens' own states behind the target's last norm
 
 
@@ -229,7 +230,7 @@ class ConFuForTraining(nn.Module):
         h_rows = gather_rows(hidden_states, rows.starts)
         embeds = self.draft.future_mixture(h_rows)
         states = gather_rows(self.draft.future_fc(futures.to(hidden_states.dtype)), latest.clamp_min(0))
-        return RowFutures(embeds, states, present, anchors, last)
+        return RowFutures(embeds, states, present, anchors, exists.gather(1, anchor_rows), last)
 
     def _future_loss(self, futures: RowFutures, rows: DraftRows, log_probs, target_choice) -> torch.Tensor:
         """KL(target at `a + 1` || the contemplate token after `a`), mean over anchors, weighted by `future_weight`."""
@@ -238,7 +239,7 @@ class ConFuForTraining(nn.Module):
         position = futures.anchors - int(rows.starts.min())  # (B, A)
         batch = torch.arange(len(position), device=position.device)[:, None]
         target_rows = position + batch * log_probs.shape[1]
-        used = target_choice.gather(1, position) >= 0
+        used = (target_choice.gather(1, position) >= 0) & futures.chosen
         weights = torch.full(target_rows[used].shape, self.objective.future_weight / used.sum(), device=used.device)
         loss, _ = linear_kl(
             futures.last[used], head, log_probs.flatten(0, 1), target_choice.flatten(), target_rows[used], weights

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_CARDS = REPOSITORY / "hub_cards"
 DEFAULT_CONFU = HUB_CARDS / "confu-smollm2-135m-instruct"
 DEFAULT_EAGLE3 = HUB_CARDS / "eagle3-smollm2-135m-instruct"
-METHODS = ("plain", "prompt-lookup", "eagle3", "confu")
+METHODS = ("plain", "no-draft", "prompt-lookup", "eagle3", "confu")
 WARM_UP_TOKENS = 16
 
 
@@ -80,6 +80,10 @@ def load_methods(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, 
         if not separate_eagle3:
             print(f"No EAGLE-3 draft in {DEFAULT_EAGLE3}: eagle3 is ConFu's draft with contemplate=False here.")
             arguments["eagle3"] = {"assistant_model": confu, "contemplate": False}
+    if "no-draft" in args.methods:
+        # Our loop without a draft: what packed weights and the preallocated cache give by themselves.
+        assistant = next(arguments[name]["assistant_model"] for name in ("confu", "eagle3") if name in arguments)
+        arguments["no-draft"] = {"assistant_model": assistant, "total_tokens": 0}
     # In the order of METHODS: plain first, the others are compared with it.
     return {method: arguments[method] for method in METHODS if method in args.methods}
 

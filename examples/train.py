@@ -94,6 +94,7 @@ def add_adapter(arguments: ScriptArguments, target, draft: ConFuAssistant) -> No
         layer.confu_experts["default"].weight.add_(table[draft.draft_token_ids].mean(0))
     for parameter in layer.parameters():
         parameter.data = parameter.data.float()
+    draft.attach(target)
 
 
 def open_store(arguments: ScriptArguments, target, draft: ConFuAssistant, rows) -> FeatureStore:
