@@ -235,14 +235,12 @@ def check_options(options: TreeOptions, config: ConFuConfig) -> None:
         "total_tokens": (0, None),
         "depth": (1, None),
         "top_k": (1, config.draft_vocab_size),
-        "contemplate_tokens": (1, options.total_tokens),
+        "contemplate_tokens": (1, None),  # more than there are nodes is one for every node
     }
     for name, (least, most) in limits.items():
         value = getattr(options, name)
-        if name == "contemplate_tokens":
-            if value is None:
-                continue
-            most += 1  # the root may carry one, too
+        if name == "contemplate_tokens" and value is None:
+            continue
         is_int = isinstance(value, int) and not isinstance(value, bool)
         if not is_int or value < least or (most is not None and value > most):
             raise _misfit(
