@@ -42,6 +42,8 @@ class TreeOptions:
         total_tokens: drafted tokens verified per round (`T`); the root comes on top. 0 = plain decoding.
         depth: the most tokens drafted in a row; the draft runs this many times a round.
         top_k: nodes expanded per draft step, and children considered for each.
+        confidence_threshold: drafted tokens to which the draft gives a smaller joint probability (from the root down)
+            are not verified, and drafting stops when none is left. 0 = always the whole tree.
         contemplate_tokens: contemplate tokens per round (`M`), on the nodes most likely to be the last accepted; None
             = one for every node.
         contemplate: False switches contemplation off (EAGLE-3 mode).
@@ -52,6 +54,7 @@ class TreeOptions:
     total_tokens: int = 30
     depth: int = 5
     top_k: int = 8
+    confidence_threshold: float = 0.0
     contemplate_tokens: int | None = None
     contemplate: bool = True
     pack_weights: bool | None = None
@@ -201,7 +204,13 @@ class Decoder:
             future=state.future,
             top_k=self.options.top_k,
         )
-        tree = grow_tree(drafting.step, state.input_ids[:, -1], total_tokens=total_tokens, depth=depth)
+        tree = grow_tree(
+            drafting.step,
+            state.input_ids[:, -1],
+            total_tokens=total_tokens,
+            depth=depth,
+            confidence_threshold=self.options.confidence_threshold,
+        )
         drafting.close()
         return tree
 

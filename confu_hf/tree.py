@@ -1,7 +1,8 @@
 """Draft trees as index tensors: growing one, choosing where to contemplate, laying it out for the verify pass.
 
 Pure index work with a leading batch dimension. It knows no model: the draft is a callable that a lookup table can
-replace, the cache is a row of position ids. Nothing here reads a value back to the host, so a GPU is never waited for.
+replace, the cache is a row of position ids. Nothing here reads a value back to the host, so a GPU is never waited for,
+but for `confidence_threshold`, which makes the size of a tree depend on values.
 
 Running the draft and the target is left to others (modeling_confu.py, target.py), and so is walking the tree
 (verification.py).
@@ -9,6 +10,7 @@ Running the draft and the target is left to others (modeling_confu.py, target.py
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,7 +74,9 @@ class DraftStep(Protocol):
         """
 
 
-def grow_tree(step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth: int) -> DraftTree:
+def grow_tree(
+    step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth: int, confidence_threshold: float = 0.0
+) -> DraftTree:
     """Grow the dynamic draft tree of EAGLE-2.
 
     Layer 1 is the root's `top_k` children. Then, layer by layer, the `top_k` candidates of the newest layer with the
@@ -82,10 +86,13 @@ def grow_tree(step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth:
     never likelier than its parent, a candidate's parent always ranks before it: every cut of the ranking is a tree.
 
     Args:
-        step: the draft; called exactly `depth` times, with widths 1, top_k, top_k, ... (never if `total_tokens` is 0).
+        step: the draft; called `depth` times, with widths 1, top_k, top_k, ... (never if `total_tokens` is 0). With a
+            threshold, not again once no further node could stay in the tree.
         root_tokens: (B,) long.
         total_tokens: T, drafted nodes to keep, root not counted. With fewer candidates than that the tree is smaller.
         depth: greatest depth of a drafted node.
+        confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1]. A batch keeps as many nodes
+            as its largest tree needs.
 
     Raises:
         ValueError: if `total_tokens` or `depth` is negative.
@@ -101,6 +108,7 @@ def grow_tree(step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth:
     # One entry per layer, each (B, candidates of the layer); the entries side by side are the list of candidates.
     tokens, parent_ids, depths, log_probs = [beam_tokens], [beam_ids], [beam_ids], [beam_log_probs]
 
+    floor = math.log(confidence_threshold) if confidence_threshold > 0 else None
     num_candidates = 1
     for layer in range(1, depth + 1):
         child_tokens, child_log_probs = step(beam_tokens, beam_parents)
@@ -111,6 +119,8 @@ def grow_tree(step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth:
         log_probs.append(joint.flatten(1))
         parent_ids.append(beam_ids.unsqueeze(-1).expand_as(child_tokens).flatten(1))
         depths.append(torch.full_like(tokens[-1], layer))
+        if floor is not None and not _can_grow(log_probs, total_tokens, floor):
+            break
         if layer < depth:
             chosen = _best(log_probs[-1], top_k)  # (B, top_k), positions within this layer
             beam_tokens = tokens[-1].gather(1, chosen)
@@ -121,7 +131,10 @@ def grow_tree(step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth:
         num_candidates += tokens[-1].shape[1]
 
     all_log_probs = torch.cat(log_probs, dim=1)
-    kept = _best(all_log_probs, total_tokens + 1).sort(dim=1).values  # ascending: parents first, the root at 0
+    count = total_tokens + 1
+    if floor is not None:
+        count = min(count, int((all_log_probs >= floor).sum(1).max()))
+    kept = _best(all_log_probs, count).sort(dim=1).values  # ascending: parents first, the root at 0
     # A parent's new index is its place among the kept. Kept candidates 0 1 2 5, parents 0 0 0 2: new parents 0 0 0 2,
     # and a child of candidate 5 would find it at index 3.
     parents = torch.searchsorted(kept, torch.cat(parent_ids, dim=1).gather(1, kept))
@@ -132,6 +145,17 @@ def grow_tree(step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth:
         depths=torch.cat(depths, dim=1).gather(1, kept),
         log_probs=all_log_probs.gather(1, kept),
     )
+
+
+def _can_grow(log_probs: list[Tensor], total_tokens: int, floor: float) -> bool:
+    """Whether a child of the newest layer could be among the best `total_tokens` and above the floor: it is never
+    likelier than its parent, and among equals the earlier wins."""
+    best = log_probs[-1].amax(1)
+    listed = torch.cat(log_probs, dim=1)
+    grows = best >= floor
+    if listed.shape[1] > total_tokens:
+        grows &= best > listed.topk(total_tokens + 1, dim=1).values[:, -1]
+    return bool(grows.any())
 
 
 def likeliest_ends(tree: DraftTree, count: int) -> Tensor:

@@ -35,6 +35,7 @@ class ConFuGenerationConfig(GenerationConfig):
         depth: depth of the deepest drafted node.
         top_k: how many nodes are expanded per layer, and children per node. Not the sampling option: an assistant does
             not sample. As an argument of `generate`, where that name is taken, it is `draft_top_k`.
+        confidence_threshold: drafted nodes of a smaller joint probability are not verified.
         contemplate_tokens: contemplate tokens of a verify pass; None = one for every node and the root.
         contemplate: False = EAGLE-3 mode.
         pack_weights: on CPU, decode with packed copies of the linear layers; None = if they are small.
@@ -246,6 +247,9 @@ def check_options(options: TreeOptions, config: ConFuConfig) -> None:
             raise _misfit(
                 options, name, f"an integer of at least {least}{'' if most is None else f', at most {most}'}"
             )
+    threshold = options.confidence_threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+        raise _misfit(options, "confidence_threshold", "a number of at least 0, below 1")
     for name, allowed in {"contemplate": (True, False), "pack_weights": (True, False, None)}.items():
         if not any(getattr(options, name) is value for value in allowed):
             raise _misfit(options, name, f"one of {allowed}")

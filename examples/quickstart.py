@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     tree.add_argument("--total-tokens", type=int, help="drafted nodes of a tree")
     tree.add_argument("--depth", type=int, help="longest drafted path")
     tree.add_argument("--top-k", type=int, help="children of a node, and nodes expanded at each depth")
+    tree.add_argument("--confidence-threshold", type=float, help="least joint probability of a verified node")
     tree.add_argument(
         "--contemplate-tokens", type=count_or_all, help="contemplate tokens of a verify pass: a number, or `all` nodes"
     )
@@ -96,7 +97,7 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
         )
     assistant = ConFuAssistant.from_pretrained(path, target=model)
     options = assistant.generation_config
-    for name in ("total_tokens", "depth", "top_k"):
+    for name in ("total_tokens", "depth", "top_k", "confidence_threshold"):
         if getattr(args, name) is not None:
             setattr(options, name, getattr(args, name))
     if args.contemplate_tokens is not None:

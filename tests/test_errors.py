@@ -212,6 +212,8 @@ def test_embeddings_instead_of_ids(target, confu):
         ({"total_tokens": -1}, "got total_tokens=-1, expected an integer of at least 0. Set"),
         ({"total_tokens": 2.5}, "got total_tokens=2.5, expected an integer"),
         ({"total_tokens": True}, "got total_tokens=True, expected an integer"),
+        ({"confidence_threshold": 1.0}, "got confidence_threshold=1.0, expected a number of at least 0, below 1. Set"),
+        ({"confidence_threshold": "low"}, "got confidence_threshold='low', expected a number"),
         ({"depth": 0}, "got depth=0, expected an integer of at least 1"),
         ({"draft_top_k": 0}, "got top_k=0, expected an integer of at least 1, at most 50. Set .* pass `draft_top_k`"),
         ({"draft_top_k": 51}, "got top_k=51, expected an integer of at least 1, at most 50"),

@@ -107,6 +107,20 @@ def test_greedy_is_identical_with_the_real_draft(name):
         assistant.detach()
 
 
+def test_a_confidence_threshold_verifies_fewer_nodes_and_changes_no_text():
+    model = tiny_llama()
+    expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
+    assistant = make_assistant(model)
+    verified = []
+    for threshold in (0.0, 0.02, 0.9):
+        got = model.generate(
+            PROMPT, do_sample=False, assistant_model=assistant, confidence_threshold=threshold, **LENGTHS
+        )
+        assert got.tolist() == expected.tolist()
+        verified.append(assistant.stats.verified_nodes / assistant.stats.rounds)
+    assert verified[0] > verified[1] > verified[2] >= 1
+
+
 def test_sampling_is_seed_exact(oracle):
     model = tiny_llama()
     assistant = make_assistant(model)

@@ -1,6 +1,7 @@
 """Index work of the draft tree, against brute force, with a lookup table in place of the draft."""
 
 import inspect
+import math
 import random
 
 import pytest
@@ -120,6 +121,34 @@ def test_tree_invariants(seed, top_k, depth, total_tokens):
     assert draft.widths == ([1] + [top_k] * (depth - 1) if total_tokens else [])
     for row in range(2):
         assert len(set(node_paths(tree, row))) == tree.tokens.shape[1]
+
+
+@quick
+@given(
+    st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0.01, 0.2, 0.5])
+)
+def test_a_threshold_only_leaves_out_nodes_below_it(seed, top_k, depth, total_tokens, threshold):
+    root, draft = torch.tensor([7]), TableDraft(seed, top_k)
+    tree = grow_tree(draft, root, total_tokens=total_tokens, depth=depth, confidence_threshold=threshold)
+    whole = grow_tree(TableDraft(seed, top_k), root, total_tokens=total_tokens, depth=depth)
+    wanted = [node for node, log_prob in enumerate(whole.log_probs[0].tolist()) if log_prob >= math.log(threshold)]
+    paths = node_paths(whole, 0)
+    assert node_paths(tree, 0) == [paths[node] for node in wanted]
+    assert tree.log_probs[0].tolist() == whole.log_probs[0, wanted].tolist()
+    assert len(draft.widths) <= depth
+
+
+def test_drafting_stops_where_no_further_node_could_stay():
+    def halves(tokens, parents):
+        calls.append(tokens.shape[1])
+        return torch.tensor([[[1, 2]]]).expand(1, tokens.shape[1], 2), torch.full(
+            (1, tokens.shape[1], 2), math.log(0.5)
+        )
+
+    for threshold, total_tokens, steps, nodes in [(0.3, 30, 2, 2), (0.2, 30, 3, 6), (0.2, 2, 1, 2), (0.6, 30, 1, 0)]:
+        calls = []
+        tree = grow_tree(halves, torch.tensor([5]), total_tokens=total_tokens, depth=9, confidence_threshold=threshold)
+        assert (len(calls), tree.tokens.shape[1]) == (steps, nodes + 1)
 
 
 @quick
