@@ -5,9 +5,8 @@
     python examples/train.py --stage confu --init_from eagle3 --data answers.jsonl --output_dir confu --max_steps 1000
     --bf16
 
-`--stage eagle3 --init_from eagle3` goes on training an EAGLE-3 draft: the baseline with the same number of steps. All
-of `TrainingArguments` can be
-given. With `--resume_from_checkpoint auto` an interrupted run goes on exactly where its last checkpoint was.
+`--init_from` a draft of the stage's own kind goes on training it (a ConFu pair with its adapter): so does the EAGLE-3
+baseline get the same number of steps. All of `TrainingArguments` can be given. With `--resume_from_checkpoint auto` an interrupted run goes on exactly where its last checkpoint was.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from _smollm2 import load_target
+from datasets import Dataset
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -37,12 +37,13 @@ class ScriptArguments:
     stage: str = field(default="eagle3", metadata={"help": "eagle3 or confu", "choices": ["eagle3", "confu"]})
     target: str | None = field(default=None, metadata={"help": "Hub id or folder; default SmolLM2-135M-Instruct"})
     target_dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen target"})
-    init_from: str | None = field(default=None, metadata={"help": "EAGLE-3 draft to start from"})
+    init_from: str | None = field(default=None, metadata={"help": "EAGLE-3 draft or ConFu pair to start from"})
     draft_vocab_size: int = 8192
     max_length: int = field(default=768, metadata={"help": "tokens per sequence, prompt included"})
     feature_store: str | None = field(default=None, metadata={"help": "folder to keep target features in"})
     store_caches: bool = field(default=False, metadata={"help": "keep the target's keys and values there, for confu"})
     held_out: int = field(default=48, metadata={"help": "sequences kept out of training, for the accepted length"})
+    eval_data: list[str] | None = field(default=None, metadata={"help": "files to hold out instead"})
     muon: bool = field(default=True, metadata={"help": "Muon for the draft's matrices; needs torch>=2.9"})
     adapter_learning_rate: float | None = field(default=None, metadata={"help": "of soft prompts and experts"})
     num_virtual_tokens: int = 16
@@ -55,7 +56,7 @@ def build_draft(arguments: ScriptArguments, target, train_rows, end_ids: list[in
     contemplate = arguments.stage == "confu"
     source = ConFuAssistant.from_pretrained(arguments.init_from, dtype=torch.float32) if arguments.init_from else None
     if source is not None and source.config.contemplate == contemplate:
-        return source
+        return source.attach(target)  # with its adapter, if it has one
     if source is not None:
         config = ConFuConfig.from_dict({**source.config.to_dict(), "contemplate": True})
         draft = ConFuAssistant(config)
@@ -92,18 +93,30 @@ def add_adapter(arguments: ScriptArguments, target, draft: ConFuAssistant) -> No
         ids = draft.draft_token_ids[torch.randperm(draft.config.draft_vocab_size)[: config.num_virtual_tokens]]
         layer.prompt_weight().copy_(soft_prompt_key_values(target, table[ids]))
         layer.confu_experts["default"].weight.add_(table[draft.draft_token_ids].mean(0))
-    for parameter in layer.parameters():
-        parameter.data = parameter.data.float()
     draft.attach(target)
 
 
-def open_store(arguments: ScriptArguments, target, draft: ConFuAssistant, rows) -> FeatureStore:
+def load_rows(arguments: ScriptArguments, tokenizer) -> tuple[Dataset, Dataset]:
+    """Sequences to train on and to hold out, numbered through."""
+    options = {"max_length": arguments.max_length, "eos_token_id": tokenizer.eos_token_id}
+    rows = load_conversations(arguments.data, tokenizer, **options)
+    if arguments.eval_data is None:
+        split = rows.train_test_split(test_size=arguments.held_out, seed=0)
+        return split["train"], split["test"]
+    held_out = load_conversations(arguments.eval_data, tokenizer, **options)
+    numbers = range(len(rows), len(rows) + len(held_out))
+    return rows, held_out.remove_columns("index").add_column("index", numbers)
+
+
+def open_store(arguments: ScriptArguments, target, draft: ConFuAssistant, *parts: Dataset) -> FeatureStore:
     """Target features on disk. They depend on the target, on its layers and on the draft's vocabulary."""
+    lengths = dict(pair for part in parts for pair in zip(part["index"], part["length"], strict=True))
     vocabulary = hashlib.sha256(draft.draft_token_ids.numpy().tobytes()).hexdigest()[:16]
     name = arguments.target or "smollm2-135m-instruct"
     fingerprint = f"{name} {arguments.target_dtype} {draft.config.target_layer_ids} {vocabulary}"
     shape = attention_geometry(target.config) if arguments.store_caches else None
-    return FeatureStore(arguments.feature_store, rows["length"], target.config.hidden_size, fingerprint, shape)
+    lengths = [lengths[index] for index in range(len(lengths))]
+    return FeatureStore(arguments.feature_store, lengths, target.config.hidden_size, fingerprint, shape)
 
 
 def main() -> None:
@@ -113,21 +126,20 @@ def main() -> None:
     target, tokenizer = load_target(arguments.target, arguments.target_dtype)
     ends = target.generation_config.eos_token_id
     end_ids = list(ends) if isinstance(ends, list) else [ends]
-    rows = load_conversations(
-        arguments.data, tokenizer, max_length=arguments.max_length, eos_token_id=tokenizer.eos_token_id
-    )
-    split = rows.train_test_split(test_size=arguments.held_out, seed=0)
-    draft = build_draft(arguments, target, split["train"], end_ids)
+    rows, held_out = load_rows(arguments, tokenizer)
+    draft = build_draft(arguments, target, rows, end_ids)
     if draft.config.contemplate:
-        add_adapter(arguments, target, draft)
-    store = open_store(arguments, target, draft, rows) if arguments.feature_store else None
+        if draft.target is None:
+            add_adapter(arguments, target, draft)
+        target.confu.float()
+    store = open_store(arguments, target, draft, rows, held_out) if arguments.feature_store else None
     training.train_sampling_strategy = "group_by_length"
     training.label_names = ["labels"]
     trainer = ConFuTrainer(
         ConFuForTraining(target, draft, objective, store),
         training,
-        train_dataset=split["train"],
-        eval_dataset=split["test"],
+        train_dataset=rows,
+        eval_dataset=held_out,
         data_collator=ConversationCollator(target.generation_config.pad_token_id or end_ids[0]),
         muon=arguments.muon,
         adapter_learning_rate=arguments.adapter_learning_rate,
