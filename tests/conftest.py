@@ -9,6 +9,30 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402 - the environment is read on import
+import pytest  # noqa: E402 - the environment is read on import
+import torch  # noqa: E402
+from assisted_calls import DRAFT  # noqa: E402
+from tiny_models import tiny_llama  # noqa: E402
+
+from confu_hf import ConFuAssistant  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def target():
+    return tiny_llama()
+
+
+@pytest.fixture
+def confu(target):
+    """An untrained assistant, attached."""
+    return ConFuAssistant.from_target(target, **DRAFT)
+
+
+@pytest.fixture
+def folder(confu, tmp_path):
+    """The assistant, saved."""
+    confu.generation_config.total_tokens = 7
+    confu.save_pretrained(tmp_path / "pair")
+    return tmp_path / "pair"

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from assisted_calls import DRAFT, PROMPT, assisted, plain
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
@@ -20,38 +21,6 @@ from transformers import (
 )
 
 from confu_hf import ConFuAssistant, ConFuConfig, ConFuGenerationConfig
-
-PROMPT = torch.arange(3, 14)[None]
-DRAFT = {"draft_vocab_size": 50, "num_virtual_tokens": 4}
-
-
-@pytest.fixture
-def target():
-    return tiny_llama()
-
-
-@pytest.fixture
-def confu(target):
-    return ConFuAssistant.from_target(target, **DRAFT)
-
-
-@pytest.fixture
-def folder(confu, tmp_path):
-    """A saved pair."""
-    confu.generation_config.total_tokens = 7
-    confu.save_pretrained(tmp_path / "pair")
-    return tmp_path / "pair"
-
-
-def plain(target, **kwargs):
-    return target.generate(PROMPT, **{"max_new_tokens": 24, **kwargs})
-
-
-def assisted(target, confu, **kwargs):
-    confu.stats = None
-    output = target.generate(PROMPT, assistant_model=confu, **{"max_new_tokens": 24, **kwargs})
-    assert confu.stats is not None, "the call went past the loop"
-    return output
 
 
 def snapshot(target):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from assisted_calls import DRAFT, PROMPT
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama, tiny_qwen3, tiny_target
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
@@ -14,22 +15,10 @@ from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGe
 from confu_hf import ConFuAssistant
 from confu_hf.modeling_confu import ConFuDraftModel
 
-PROMPT = torch.arange(3, 14)[None]
-DRAFT = {"draft_vocab_size": 50, "num_virtual_tokens": 4}
-
-
-@pytest.fixture
-def target():
-    return tiny_llama()
-
-
-@pytest.fixture
-def confu(target):
-    return ConFuAssistant.from_target(target, **DRAFT)
-
 
 @pytest.fixture
 def folder(tmp_path):
+    """A saved pair that is on no target."""
     ConFuAssistant.from_target(tiny_llama(), **DRAFT).save_pretrained(tmp_path / "pair")
     return tmp_path / "pair"
 

@@ -6,6 +6,7 @@ from threading import Thread
 
 import pytest
 import torch
+from assisted_calls import DRAFT, PROMPT, assisted, plain
 from peft import PeftModel
 from tiny_models import VOCAB_SIZE, tiny_llama, tiny_qwen3
 from tokenizers import Tokenizer, decoders, models
@@ -22,27 +23,6 @@ from transformers import (
 from confu_hf import ConFuAssistant
 from confu_hf.adapter import ConFuAdapterConfig
 
-PROMPT = torch.arange(3, 14)[None]
-DRAFT = {"draft_vocab_size": 50, "num_virtual_tokens": 4}
-
-
-@pytest.fixture
-def target():
-    return tiny_llama()
-
-
-@pytest.fixture
-def confu(target):
-    return ConFuAssistant.from_target(target, **DRAFT)
-
-
-@pytest.fixture
-def folder(confu, tmp_path):
-    """A saved pair."""
-    confu.generation_config.total_tokens = 7
-    confu.save_pretrained(tmp_path / "pair")
-    return tmp_path / "pair"
-
 
 @pytest.fixture
 def tokenizer():
@@ -53,17 +33,6 @@ def tokenizer():
     characters = Tokenizer(models.BPE(vocabulary, merges=[]))
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-
-def plain(target, **kwargs):
-    return target.generate(PROMPT, **{"max_new_tokens": 24, **kwargs})
-
-
-def assisted(target, confu, **kwargs):
-    confu.stats = None
-    output = target.generate(PROMPT, assistant_model=confu, **{"max_new_tokens": 24, **kwargs})
-    assert confu.stats is not None, "the call went past the loop"
-    return output
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])

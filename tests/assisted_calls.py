@@ -1,0 +1,19 @@
+"""Calls of `generate` on the target of the fixtures `target` and `confu`, with an assistant and without."""
+
+from __future__ import annotations
+
+import torch
+
+PROMPT = torch.arange(3, 14)[None]
+DRAFT = {"draft_vocab_size": 50, "num_virtual_tokens": 4}
+
+
+def plain(target, **kwargs):
+    return target.generate(PROMPT, **{"max_new_tokens": 24, **kwargs})
+
+
+def assisted(target, confu, **kwargs):
+    confu.stats = None
+    output = target.generate(PROMPT, assistant_model=confu, **{"max_new_tokens": 24, **kwargs})
+    assert confu.stats is not None, "the call went past the loop"
+    return output
