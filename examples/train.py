@@ -109,13 +109,14 @@ def load_rows(arguments: ScriptArguments, tokenizer) -> tuple[Dataset, Dataset]:
 
 
 def open_store(arguments: ScriptArguments, target, draft: ConFuAssistant, *parts: Dataset) -> FeatureStore:
-    """Target features on disk. They depend on the target, on its layers and on the draft's vocabulary."""
-    lengths = dict(pair for part in parts for pair in zip(part["index"], part["length"], strict=True))
+    """Target features on disk. They depend on the sequences, the target, its layers and the draft's vocabulary."""
+    sequences = sorted((row["index"], row["input_ids"]) for part in parts for row in part)
+    content = hashlib.sha256(repr(sequences).encode()).hexdigest()[:16]
     vocabulary = hashlib.sha256(draft.draft_token_ids.numpy().tobytes()).hexdigest()[:16]
     name = arguments.target or "smollm2-135m-instruct"
-    fingerprint = f"{name} {arguments.target_dtype} {draft.config.target_layer_ids} {vocabulary}"
+    fingerprint = f"{name} {arguments.target_dtype} {draft.config.target_layer_ids} {vocabulary} {content}"
     shape = attention_geometry(target.config) if arguments.store_caches else None
-    lengths = [lengths[index] for index in range(len(lengths))]
+    lengths = [len(input_ids) for _, input_ids in sequences]
     return FeatureStore(arguments.feature_store, lengths, target.config.hidden_size, fingerprint, shape)
 
 
