@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from .cache import TreeCache
 from .drafting import DraftRound
 from .modeling_confu import ConFuDraftModel
-from .packing import PackedLinears
+from .packing import PackedLinears, multiplies_bfloat16
 from .stats import GenerationStats, Tally
 from .target import prefill, soft_prompt_key_values, verify
 from .tree import DraftTree, grow_tree, likeliest_ends, nearest_contemplated, verify_layout
@@ -47,8 +47,8 @@ class TreeOptions:
         contemplate_tokens: contemplate tokens per round (`M`), on the nodes most likely to be the last accepted; None
             = one for every node.
         contemplate: False switches contemplation off (EAGLE-3 mode).
-        pack_weights: on CPU, decode with a copy of the linear layers packed for small batches of rows; None = if that
-            copy stays below 2 GiB.
+        pack_weights: on CPU, decode with a copy of the linear layers packed for small batches of rows, the draft's in
+            bfloat16 if the CPU multiplies that; None = if that copy stays below 2 GiB.
     """
 
     total_tokens: int = 30
@@ -264,15 +264,17 @@ def root_only(tokens: Tensor) -> DraftTree:
 _packed: weakref.WeakKeyDictionary[PreTrainedModel, PackedLinears] = weakref.WeakKeyDictionary()
 
 
-def packed_linears(model: PreTrainedModel, wanted: bool | None) -> AbstractContextManager:
-    """Within it, `model` computes with packed weights; see `TreeOptions.pack_weights`."""
+def packed_linears(
+    model: PreTrainedModel, wanted: bool | None, dtype: torch.dtype | None = None
+) -> AbstractContextManager:
+    """Within it, `model` computes with packed weights, in `dtype`; see `TreeOptions.pack_weights`."""
     if wanted is None:
         wanted = model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES
     if not wanted:
         return nullcontext()
     packed = _packed.get(model)
     if packed is None or packed.is_stale():
-        packed = _packed[model] = PackedLinears(model)
+        packed = _packed[model] = PackedLinears(model, dtype=dtype)
     return packed.active()
 
 
@@ -304,7 +306,10 @@ def confu_generate(
     options = options or TreeOptions()
     decoder = Decoder(model, assistant, options, logits_processor, stopping_criteria, generation_config)
     state, acceptance = decoder.start(input_ids, attention_mask, past_key_values)
-    with packed_linears(model, options.pack_weights), packed_linears(assistant, options.pack_weights):
+    # What the draft guesses may be rounded, the target's word may not.
+    draft_dtype = torch.bfloat16 if multiplies_bfloat16() else None
+    pack = options.pack_weights
+    with packed_linears(model, pack), packed_linears(assistant, pack, draft_dtype):
         while True:
             if streamer is not None:
                 streamer.put(acceptance.tokens[0].cpu())

@@ -43,6 +43,7 @@ class PackedLinears:
         modules: searched for linear layers, themselves included.
         max_rows: calls with more rows than this use `F.linear`.
         min_elements: weights with fewer elements are not packed.
+        dtype: multiply in this dtype; inputs and outputs are converted. None = that of each weight.
 
     Example:
         packed = PackedLinears(target)
@@ -50,7 +51,13 @@ class PackedLinears:
             target(...)
     """
 
-    def __init__(self, *modules: nn.Module, max_rows: int = MAX_ROWS, min_elements: int = MIN_ELEMENTS) -> None:
+    def __init__(
+        self,
+        *modules: nn.Module,
+        max_rows: int = MAX_ROWS,
+        min_elements: int = MIN_ELEMENTS,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.max_rows = max_rows
         self._packed: list[_Packed] = []
         by_address: dict[int, Tensor] = {}
@@ -61,7 +68,9 @@ class PackedLinears:
                 continue
             packed = by_address.get(weight.data_ptr())
             if packed is None:
-                packed = by_address[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight)
+                packed = by_address[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(
+                    weight.to(dtype or weight.dtype)
+                )
             self._packed.append(_Packed(linear, packed, _state(weight), _fingerprint(weight)))
 
     def __len__(self) -> int:
@@ -93,6 +102,14 @@ class PackedLinears:
                 module.__dict__.pop("forward", None)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, as fast as those of float32 or faster."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(
+        getattr(torch.cpu, name, lambda: False)() for name in names
+    )
+
+
 def _packable(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or "forward" in module.__dict__ or not torch.backends.mkldnn.is_available():
         return False
@@ -118,7 +135,8 @@ def _fingerprint(weight: Tensor) -> Tensor:
 
 def _forward(packed: _Packed, max_rows: int) -> Callable[[Tensor], Tensor]:
     linear, weight = packed.module, packed.weight
-    dtype, features = weight.dtype, linear.in_features
+    dtype, features = linear.weight.dtype, linear.in_features
+    bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
 
     def forward(input: Tensor) -> Tensor:
         if (
@@ -129,6 +147,7 @@ def _forward(packed: _Packed, max_rows: int) -> Callable[[Tensor], Tensor]:
             or torch.compiler.is_compiling()
         ):
             return F.linear(input, linear.weight, linear.bias)
-        return torch.ops.mkldnn._linear_pointwise(input, weight, linear.bias, "none", [], "")
+        output = torch.ops.mkldnn._linear_pointwise(input.to(weight.dtype), weight, bias, "none", [], "")
+        return output.to(dtype)
 
     return forward

@@ -113,12 +113,16 @@ class ConFuTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._window[1]:
+        if "loss" in logs:
+            # Every process logs; each has seen its own part of the batches.
+            window = torch.tensor(self._window, dtype=torch.float32, device=self.accelerator.device)
+            accepted, rows, tokens = self.accelerator.reduce(window, reduction="sum").tolist()
+            self._window[:] = 0
             # The history comes back with a checkpoint, so the count goes on after resuming.
             before = next((entry[TOKENS_SEEN] for entry in self.state.log_history[::-1] if TOKENS_SEEN in entry), 0)
-            logs["train_accepted_length"] = round(self._window[0] / self._window[1], 3)
-            logs[TOKENS_SEEN] = before + int(self._window[2])
-            self._window[:] = 0
+            if rows:
+                logs["train_accepted_length"] = round(accepted / rows, 3)
+                logs[TOKENS_SEEN] = before + int(tokens)
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:

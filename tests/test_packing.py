@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import tiny_llama
@@ -35,6 +37,19 @@ def test_equal_to_the_plain_layer_up_to_rounding(dtype, bias, shape):
         got = layer(x)
     assert len(packed) == 1 and got.shape == (*shape[:-1], 80) and got.dtype == dtype
     torch.testing.assert_close(got, layer(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_products_in_another_dtype(bias):
+    layer, x = linear(bias), torch.randn(1, 9, 48)
+    with pack(layer, dtype=torch.bfloat16).active():
+        got = layer(x)
+    assert got.dtype == torch.float32
+    rounded = copy.deepcopy(layer).bfloat16()(x.bfloat16()).float()
+    torch.testing.assert_close(got, rounded, rtol=2e-2, atol=2e-2)
+    assert not torch.allclose(got, layer(x), rtol=1e-5, atol=1e-5), "the products were not rounded"
 
 
 @torch.no_grad()
