@@ -105,9 +105,12 @@ class PackedLinears:
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16, as fast as those of float32 or faster."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(
-        getattr(torch.cpu, name, lambda: False)() for name in names
-    )
+    return _has_bfloat16_kernels() and any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def _has_bfloat16_kernels() -> bool:
+    # Asked in this order: a torch without oneDNN has no such operator.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _packable(module: nn.Module) -> bool:
@@ -115,7 +118,7 @@ def _packable(module: nn.Module) -> bool:
         return False
     weight = module.weight
     if weight.dtype == torch.bfloat16:
-        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        supported = _has_bfloat16_kernels()
     else:
         supported = weight.dtype == torch.float32
     # Exactly these two: tensor subclasses (quantized by torchao, sharded) have their own linear.

@@ -91,7 +91,7 @@ def grow_tree(
         root_tokens: (B,) long.
         total_tokens: T, drafted nodes to keep, root not counted. With fewer candidates than that the tree is smaller.
         depth: greatest depth of a drafted node.
-        confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1]. A batch keeps as many nodes
+        confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1). A batch keeps as many nodes
             as its largest tree needs.
 
     Raises:
@@ -119,15 +119,14 @@ def grow_tree(
         log_probs.append(joint.flatten(1))
         parent_ids.append(beam_ids.unsqueeze(-1).expand_as(child_tokens).flatten(1))
         depths.append(torch.full_like(tokens[-1], layer))
-        if floor is not None and not _can_grow(log_probs, total_tokens, floor):
+        if layer == depth or (floor is not None and not _can_grow(log_probs, total_tokens, floor)):
             break
-        if layer < depth:
-            chosen = _best(log_probs[-1], top_k)  # (B, top_k), positions within this layer
-            beam_tokens = tokens[-1].gather(1, chosen)
-            beam_log_probs = log_probs[-1].gather(1, chosen)
-            # Candidates lie row after row. With top_k = 3, candidate 4 is the second child of row 1: 4 // 3 = 1.
-            beam_parents = chosen // top_k
-            beam_ids = chosen + num_candidates
+        chosen = _best(log_probs[-1], top_k)  # (B, top_k), positions within this layer
+        beam_tokens = tokens[-1].gather(1, chosen)
+        beam_log_probs = log_probs[-1].gather(1, chosen)
+        # Candidates lie row after row. With top_k = 3, candidate 4 is the second child of row 1: 4 // 3 = 1.
+        beam_parents = chosen // top_k
+        beam_ids = chosen + num_candidates
         num_candidates += tokens[-1].shape[1]
 
     all_log_probs = torch.cat(log_probs, dim=1)

@@ -6,7 +6,8 @@
     --bf16
 
 `--init_from` a draft of the stage's own kind goes on training it (a ConFu pair with its adapter): so does the EAGLE-3
-baseline get the same number of steps. All of `TrainingArguments` can be given. With `--resume_from_checkpoint auto` an interrupted run goes on exactly where its last checkpoint was.
+baseline get the same number of steps. All of `TrainingArguments` can be given. With `--resume_from_checkpoint auto` an
+interrupted run goes on exactly where its last checkpoint was.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402 - the environment is read on import
+# The environment is read on import.
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from assisted_calls import DRAFT  # noqa: E402
 from tiny_models import tiny_llama  # noqa: E402

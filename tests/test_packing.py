@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from tiny_models import tiny_llama
+from tiny_pairs import tiny_pair
 from torch import nn
 
+from confu_hf import generation, packing
 from confu_hf.packing import PackedLinears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -39,7 +41,7 @@ def test_equal_to_the_plain_layer_up_to_rounding(dtype, bias, shape):
     torch.testing.assert_close(got, layer(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
+@pytest.mark.skipif(not packing._has_bfloat16_kernels(), reason="this CPU has no bfloat16")
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_products_in_another_dtype(bias):
@@ -50,6 +52,29 @@ def test_products_in_another_dtype(bias):
     rounded = copy.deepcopy(layer).bfloat16()(x.bfloat16()).float()
     torch.testing.assert_close(got, rounded, rtol=2e-2, atol=2e-2)
     assert not torch.allclose(got, layer(x), rtol=1e-5, atol=1e-5), "the products were not rounded"
+
+
+def test_without_onednn_nothing_is_asked_of_it(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
+    assert not packing.multiplies_bfloat16()
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_only_the_draft_is_rounded(monkeypatch, bfloat16):
+    """float32 target and draft: the target's products stay in float32, whatever the CPU can do."""
+    target = tiny_llama(dtype=torch.float32)
+    confu, asked = tiny_pair(target), {}
+    monkeypatch.setattr(generation, "multiplies_bfloat16", lambda: bfloat16)
+    real = generation.packed_linears
+
+    def spy(model, wanted, dtype=None):
+        asked[model] = dtype
+        return real(model, wanted, dtype)
+
+    monkeypatch.setattr(generation, "packed_linears", spy)
+    target.generate(torch.arange(3, 9)[None], assistant_model=confu, max_new_tokens=3)
+    assert asked == {target: None, confu: torch.bfloat16 if bfloat16 else None}
 
 
 @torch.no_grad()
