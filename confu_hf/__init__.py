@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .adapter import ConFuAdapterConfig
 from .assisted import ConFuAssistant
+from .compat import warn_outside_tested_range
 from .configuration_confu import ConFuConfig
 from .generation import GenerationStats, TreeOptions
 from .validation import ConFuGenerationConfig
@@ -17,6 +18,8 @@ from .validation import ConFuGenerationConfig
 AutoConfig.register(ConFuConfig.model_type, ConFuConfig, exist_ok=True)
 AutoModel.register(ConFuConfig, ConFuAssistant, exist_ok=True)
 AutoModelForCausalLM.register(ConFuConfig, ConFuAssistant, exist_ok=True)
+
+warn_outside_tested_range("confu_hf")
 
 __version__ = "0.1.0.dev0"
 

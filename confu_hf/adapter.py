@@ -23,12 +23,12 @@ from enum import Enum
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig
 
+from . import compat
 from .adapter_weights import CHILD_NAME, WEIGHT_NAMES, check_adapter_weights, short_name, state_dict_keys
+from .compat import BaseTuner, BaseTunerLayer
 from .configuration_confu import ConFuConfig
 from .contemplate import mix_experts
 from .errors import refusal
@@ -302,8 +302,7 @@ class ConFuTuner(BaseTuner):
             config.fit(model.config)
         except ValueError:
             self.peft_config.pop(adapter_name)
-            if not hasattr(model, "peft_config"):
-                model._hf_peft_config_loaded = False  # `target.add_adapter` sets it before it injects
+            compat.forget_adapters(model)
             raise
         alone = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         self._create_and_replace(
@@ -334,8 +333,7 @@ class ConFuTuner(BaseTuner):
             parent.add_module(target_name, layer)
         layer.update_layer(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
         # `target.save_pretrained` goes on writing the target's weights only.
-        ignored = set(getattr(parent, "_keys_to_ignore_on_save", None) or ())
-        parent._keys_to_ignore_on_save = ignored | state_dict_keys(adapter_name)
+        compat.ignore_on_save(parent, state_dict_keys(adapter_name))
         if "" not in getattr(parent, "hf_device_map", {"": None}):
             parent.hf_device_map[target_name] = layer.placement.device
 
@@ -367,7 +365,7 @@ def remove_adapter(target: nn.Module, adapter_name: str) -> None:
     layer: ConFuLayer = getattr(target, CHILD_NAME)
     layer.set_adapter([name for name in layer.configs if name != adapter_name][:1])
     layer.delete_adapter(adapter_name)
-    target._keys_to_ignore_on_save = set(target._keys_to_ignore_on_save) - state_dict_keys(adapter_name)
+    compat.no_longer_ignore_on_save(target, state_dict_keys(adapter_name))
     getattr(target, "peft_config", {}).pop(adapter_name, None)
     if not layer.configs:
         delattr(target, CHILD_NAME)
@@ -375,12 +373,12 @@ def remove_adapter(target: nn.Module, adapter_name: str) -> None:
 
 
 def _register() -> None:
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(ConFuPeftType.CONFU)
+    known = compat.PEFT_TYPE_TO_CONFIG_MAPPING.get(ConFuPeftType.CONFU)
     if known is not None and known.__module__ != __name__:
         raise KeyError(f"PEFT already knows a method named CONFU, of {known.__module__}.")
-    PEFT_TYPE_TO_CONFIG_MAPPING[ConFuPeftType.CONFU] = ConFuAdapterConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[ConFuPeftType.CONFU] = ConFuTuner
-    PEFT_TYPE_TO_PREFIX_MAPPING[ConFuPeftType.CONFU] = ConFuTuner.prefix
+    compat.PEFT_TYPE_TO_CONFIG_MAPPING[ConFuPeftType.CONFU] = ConFuAdapterConfig
+    compat.PEFT_TYPE_TO_TUNER_MAPPING[ConFuPeftType.CONFU] = ConFuTuner
+    compat.PEFT_TYPE_TO_PREFIX_MAPPING[ConFuPeftType.CONFU] = ConFuTuner.prefix
 
 
 _register()

@@ -1,9 +1,9 @@
 """`generate(assistant_model=confu)`: the route into ConFu's decoding loop, and the assistant that opens it.
 
-The only file that knows private names of Transformers' `generate`. A target with an adapter, or with an assistant
-attached, gets a subclass of its class (same name, module and qualified name) that overrides three steps of `generate`;
+A target with an adapter, or with an assistant
+attached, gets a subclass of its class (same name, module and qualified name) that changes three steps of `generate`;
 one path then serves `model.generate`, `PeftModel.generate` and `pipeline`. Other assistants pass through unchanged.
-The loop is `generation.py`'s, the checks are `validation.py`'s.
+The loop is `generation.py`'s, the checks are `validation.py`'s, the steps' private names `compat.py`'s.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
-from . import generation, hub, validation
+from . import compat, generation, hub, validation
 from .adapter import ConFuAdapterConfig, on_injection
 from .adapter_weights import corrupted, load_adapter_folder, save_adapter_folder
 from .attachment import Attachment, LooseAdapter, attach_adapter, base_model
@@ -37,86 +37,48 @@ ADAPTER_FIELDS = ("num_virtual_tokens", "soft_prompt_type", "num_experts", "num_
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
 
 
-class ConFuGenerationMixin:
+class ConFuGenerationMixin(compat.GenerateSteps):
     """What a target's class gets in front of it."""
 
-    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
-        """First step of `generate`: takes the tree options out of its arguments, before they pass for the model's."""
-        arguments = {}
-        if custom_generate is None and validation.is_confu(assistant_model):
-            names = validation.OPTION_ARGUMENTS
-            arguments = {field: kwargs.pop(name) for field, name in names.items() if name in kwargs}
-        mode_kwargs = super()._extract_generation_mode_kwargs(
-            custom_generate, kwargs, synced_gpus, assistant_model, streamer
-        )
-        return {**mode_kwargs, "tree_options": arguments} if arguments else mode_kwargs
+    def is_routed(self, assistant: Any) -> bool:
+        return validation.is_confu(assistant)
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+    def take_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The tree options, by their names as fields of `TreeOptions`."""
+        names = validation.OPTION_ARGUMENTS
+        return {field: arguments.pop(name) for field, name in names.items() if name in arguments}
+
+    def check_call(self, assistant: Any, generation_config: GenerationConfig, taken: dict[str, Any]):
         """The generation config is complete, nothing is computed yet: everything but the prompt is checked here."""
-        assistant = generation_mode_kwargs.get("assistant_model")
-        if validation.is_confu(assistant):
-            arguments = generation_mode_kwargs.get("tree_options", {})
-            if not isinstance(assistant, ConFuAssistant):
-                raise refusal(
-                    "assistant_model",
-                    got=f"a {type(assistant).__name__}",
-                    expected="a ConFuAssistant",
-                    fix="Load it with ConFuAssistant.from_pretrained.",
-                )
-            check_supported(self)
-            validation.check_pair(assistant.config, self)
-            validation.check_placement(assistant, self)
-            validation.check_strategy(generation_config)
-            options = validation.resolve_options(assistant, self, generation_config, arguments)
-            if options.contemplate:
-                validation.check_adapter(assistant.config, self, assistant.adapter_name(self))
-            generation_mode_kwargs["tree_options"] = options
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-
-    def _assisted_decoding(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        inputs_tensor=None,
-        assistant_model=None,
-        assistant_tokenizer=None,
-        tokenizer=None,
-        tree_options=None,
-        **model_kwargs,
-    ):
-        """`generate` finds `inputs_tensor` by inspection, so the signature is spelled out as in Transformers."""
-        if not validation.is_confu(assistant_model):
-            return super()._assisted_decoding(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                inputs_tensor=inputs_tensor,
-                assistant_model=assistant_model,
-                assistant_tokenizer=assistant_tokenizer,
-                tokenizer=tokenizer,
-                **model_kwargs,
+        if not isinstance(assistant, ConFuAssistant):
+            raise refusal(
+                "assistant_model",
+                got=f"a {type(assistant).__name__}",
+                expected="a ConFuAssistant",
+                fix="Load it with ConFuAssistant.from_pretrained.",
             )
-        validation.check_inputs(input_ids, model_kwargs, synced_gpus)
-        if not getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
-            model_kwargs["past_key_values"] = None  # `generate` made it: the loop has a better one
-        with assistant_model.adapter_in_use(self):
-            output, assistant_model.stats = generation.confu_generate(
+        check_supported(self)
+        validation.check_pair(assistant.config, self)
+        validation.check_placement(assistant, self)
+        validation.check_strategy(generation_config)
+        options = validation.resolve_options(assistant, self, generation_config, taken)
+        if options.contemplate:
+            validation.check_adapter(assistant.config, self, assistant.adapter_name(self))
+        return options
+
+    def decode(self, assistant, checked, inputs: dict[str, Any], *, input_ids, synced_gpus, **arguments: Any):
+        """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
+        cache, inputs = compat.split_cache(inputs)
+        validation.check_inputs(input_ids, cache, inputs, synced_gpus)
+        with assistant.adapter_in_use(self):
+            output, assistant.stats = generation.confu_generate(
                 self,
-                assistant_model,
+                assistant,
                 input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
-                tree_options,
-                **model_kwargs,
+                options=checked,
+                attention_mask=inputs.get("attention_mask"),
+                cache=cache,
+                **arguments,
             )
         return output
 
@@ -161,7 +123,7 @@ on_injection(_route)
 _assistants: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
 
-class ConFuAssistant(ConFuDraftModel):
+class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
     """The assistant: a draft, its adapter, and the target they are attached to.
 
         confu = ConFuAssistant.from_pretrained("org/confu-target", target=model)
@@ -249,7 +211,7 @@ class ConFuAssistant(ConFuDraftModel):
             adapter = ConFuAdapterConfig(
                 target_layer_ids=assistant.config.target_layer_ids,
                 initializer_range=assistant.config.initializer_range,
-                base_model_name_or_path=target.config._name_or_path or None,
+                base_model_name_or_path=compat.name_or_path(target.config),
                 **adapter_fields,
             )
             assistant._adapter = LooseAdapter(adapter)
@@ -343,10 +305,6 @@ class ConFuAssistant(ConFuDraftModel):
             expected="an attached one",
             fix="Call ConFuAssistant.from_pretrained(path, target=model) or confu.attach(model).",
         )
-
-    def _supports_logits_to_keep(self) -> bool:
-        """The first thing that Transformers' own assisted decoding asks: then the target has no route to us."""
-        return self.generate()
 
     def _loose_adapter(self) -> LooseAdapter | None:
         return self._adapter if self._attachment is None else self._attachment.loose_adapter()

@@ -16,6 +16,7 @@ from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import compat
 from .adapter import ConFuAdapterConfig, ConFuLayer, remove_adapter
 from .adapter_weights import CHILD_NAME
 from .errors import refusal
@@ -63,9 +64,7 @@ class Attachment:
             return
         if self.adapter_name in self.layer.configs:
             remove_adapter(target, self.adapter_name)
-        if getattr(target, "peft_config", None) == {}:
-            del target.peft_config
-            target._hf_peft_config_loaded = False
+        compat.forget_adapters(target)
         for name, parameter in target.named_parameters():
             if name in self.trainable:
                 parameter.requires_grad_(True)
@@ -73,7 +72,7 @@ class Attachment:
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The Transformers model inside a `PeftModel` or a compiled model."""
-    model = getattr(model, "_orig_mod", model)
+    model = compat.uncompiled(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(model, PreTrainedModel):
         raise refusal(

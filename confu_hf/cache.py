@@ -12,12 +12,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers import Cache
+
+from .compat import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class TreeLayer(CacheLayerMixin):
@@ -318,7 +315,7 @@ class TreeCache(Cache):
 def _unsupported_layer(layer: object) -> str:
     return (
         f"Got a cache with a {type(layer).__name__}, expected the plain layers of a DynamicCache. "
-        "Pass past_key_values=DynamicCache()."
+        "Pass a DynamicCache()."
     )
 
 
@@ -392,7 +389,7 @@ class ContemplateContext(Cache):
             if stored != layer.get_seq_length():
                 raise ValueError(
                     f"Layer {i} of the context holds {stored} of {layer.get_seq_length()} tokens (sliding window). "
-                    "Run the context pass with past_key_values=DynamicCache(), without a config, or a TreeCache."
+                    "Run the context pass with a DynamicCache(), without a config, or a TreeCache."
                 )
             layers.append(_ContextLayer(layer.keys, layer.values, None if soft_prompts is None else soft_prompts[i]))
         super().__init__(layers=layers)

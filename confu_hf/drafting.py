@@ -86,7 +86,7 @@ class DraftRound:
             self.hidden_states,
             (self.position_ids + self.steps).expand_as(tokens),
             attention_mask=mask,
-            past_key_values=self.cache,
+            cache=self.cache,
             skip=self.skip if self.steps == 0 else None,
         )
         self.steps += 1

@@ -14,7 +14,6 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from .cache import TreeCache
+from .compat import decoder_only_output
 from .drafting import DraftRound
 from .modeling_confu import ConFuDraftModel
 from .packing import PackedLinears, multiplies_bfloat16
@@ -216,7 +216,7 @@ class Decoder:
 
     def close_cache(self, user_cache: Cache | None) -> Cache:
         """The cache to return: the user's own, brought up to date, if there is one; else this decoder's."""
-        if user_cache is None or not getattr(user_cache, "_is_user_defined", user_cache.get_seq_length() > 0):
+        if user_cache is None:
             return self.cache
         self.cache.export_to(user_cache)
         return user_cache
@@ -290,13 +290,12 @@ def confu_generate(
     options: TreeOptions | None = None,
     *,
     attention_mask: Tensor | None = None,
-    past_key_values: Cache | None = None,
-    **_: Any,
+    cache: Cache | None = None,
 ) -> tuple[GenerateDecoderOnlyOutput | Tensor, GenerationStats]:
     """Generate with draft trees; the text is that of plain decoding with the same arguments.
 
     Args:
-        input_ids: `(1, n)` long. attention_mask: `(1, n)`, 0 = padding. past_key_values: a cache that holds a prefix
+        input_ids: `(1, n)` long. attention_mask: `(1, n)`, 0 = padding. cache: one that holds a prefix
             of `input_ids`; it is extended in place.
         logits_processor, stopping_criteria, generation_config, streamer: as prepared by `generate()`.
 
@@ -305,7 +304,7 @@ def confu_generate(
     """
     options = options or TreeOptions()
     decoder = Decoder(model, assistant, options, logits_processor, stopping_criteria, generation_config)
-    state, acceptance = decoder.start(input_ids, attention_mask, past_key_values)
+    state, acceptance = decoder.start(input_ids, attention_mask, cache)
     # What the draft guesses may be rounded, the target's word may not.
     draft_dtype = torch.bfloat16 if multiplies_bfloat16() else None
     pack = options.pack_weights
@@ -319,13 +318,13 @@ def confu_generate(
     if streamer is not None:
         streamer.end()
     stats = decoder.tally.stats(state.input_ids.shape[1] - input_ids.shape[1])
-    cache = decoder.close_cache(past_key_values)
+    final_cache = decoder.close_cache(cache)
     if not generation_config.return_dict_in_generate:
         return state.input_ids, stats
-    output = GenerateDecoderOnlyOutput(
+    output = decoder_only_output(
         sequences=state.input_ids,
         scores=decoder.scores if generation_config.output_scores else None,
         logits=decoder.raw_logits if generation_config.output_logits else None,
-        past_key_values=cache,
+        cache=final_cache,
     )
     return output, stats

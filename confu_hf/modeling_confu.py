@@ -202,7 +202,7 @@ class ConFuDraftModel(PreTrainedModel):
         token_embeds: torch.Tensor,
         hidden_states: torch.Tensor,
         position_ids: torch.Tensor,
-        past_key_values: Cache,
+        cache: Cache,
     ) -> None:
         """Put the keys and values of verified rows into the cache; with one layer their outputs are never needed.
 
@@ -211,7 +211,7 @@ class ConFuDraftModel(PreTrainedModel):
                 W)`, row `i` at position `i`.
         """
         inputs = self.midlayer.attention_inputs(token_embeds, hidden_states)
-        past_key_values.update(*self.midlayer.self_attn.key_value(inputs, *self.rotary(position_ids, inputs.dtype)), 0)
+        cache.update(*self.midlayer.self_attn.key_value(inputs, *self.rotary(position_ids, inputs.dtype)), 0)
 
     def future_inputs(self, hidden_states: torch.Tensor, futures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the future token is made of.
@@ -232,7 +232,7 @@ class ConFuDraftModel(PreTrainedModel):
         hidden_states: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One draft step over `W` rows.
@@ -243,7 +243,7 @@ class ConFuDraftModel(PreTrainedModel):
             position_ids: `(B, W)` long.
             attention_mask: `(B, 1, W, keys)` boolean (True = may attend) or additive; None = attend to everything
                 given.
-            past_key_values: cache of this one layer; the new keys and values go through its `update`.
+            cache: cache of this one layer; the new keys and values go through its `update`.
             skip: `(B, W, d)` added to the residual stream: `future_skip(W_f f)` of the row that starts a round.
 
         Returns:
@@ -255,8 +255,8 @@ class ConFuDraftModel(PreTrainedModel):
         attention = self.midlayer.self_attn
         query = attention.query(inputs, *rotary)
         key, value = attention.key_value(inputs, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, 0)
+        if cache is not None:
+            key, value = cache.update(key, value, 0)
         residual = hidden_states if skip is None else hidden_states + skip
         return self.midlayer.finish(residual, attention.attend(query, key, value, attention_mask))
 

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 MIN_ELEMENTS = 2**17
 # With more rows (prefill) the product itself dominates, and its plain form is bit-identical to plain decoding.
 MAX_ROWS = 64
-_FINGERPRINT_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class _Packed:
     module: nn.Linear
     weight: Tensor
     state: tuple[int, int | None]
-    fingerprint: Tensor
+    checksum: Tensor
 
 
 class PackedLinears:
@@ -71,7 +70,7 @@ class PackedLinears:
                 packed = by_address[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(
                     weight.to(dtype or weight.dtype)
                 )
-            self._packed.append(_Packed(linear, packed, _state(weight), _fingerprint(weight)))
+            self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight)))
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -79,12 +78,12 @@ class PackedLinears:
     def is_stale(self) -> bool:
         """Whether a weight has been replaced or changed since it was packed: pack again.
 
-        Writes through `weight.data`, as in merging LoRA adapters, leave address and version as they were; they are
-        noticed by a sample of 16 elements.
+        Writes through `weight.data` or through a numpy view leave address and version as they were, so every element
+        is looked at. That reads the weights once or twice: 43 ms for 540 MB on two cores, less than one token.
         """
         for packed in self._packed:
             weight = packed.module.weight.detach()
-            if _state(weight) != packed.state or not torch.equal(_fingerprint(weight), packed.fingerprint):
+            if _state(weight) != packed.state or not torch.equal(_checksum(weight), packed.checksum):
                 return True
         return False
 
@@ -129,11 +128,18 @@ def _state(weight: Tensor) -> tuple[int, int | None]:
     return weight.data_ptr(), None if weight.is_inference() else weight._version
 
 
-def _fingerprint(weight: Tensor) -> Tensor:
-    """A few elements spread over rows and columns, a copy."""
-    rows = torch.linspace(0, weight.shape[0] - 1, _FINGERPRINT_ELEMENTS).long()
-    columns = torch.linspace(0, weight.shape[1] - 1, _FINGERPRINT_ELEMENTS).long()
-    return weight[rows, columns]
+def _checksum(weight: Tensor) -> Tensor:
+    """Sums of a weight's bit patterns over its rows and over its columns: one changed element changes both, so does
+    exchanging rows or columns. Row by row in parts that stay in the processor's cache."""
+    weight = weight.contiguous()
+    size, offset = weight.element_size(), weight.storage_offset()
+    wide = weight.shape[1] * size % 8 == 0 and offset * size % 8 == 0  # eight bytes at a time, where they fit
+    patterns = weight.view(torch.int64 if wide else {2: torch.int16, 4: torch.int32}[size])
+    by_row, by_column = [], torch.zeros(patterns.shape[1], dtype=torch.int64)
+    for part in patterns.split(512):
+        by_row.append(part.sum(1))
+        by_column += part.sum(0)
+    return torch.cat([*by_row, by_column])
 
 
 def _forward(packed: _Packed, max_rows: int) -> Callable[[Tensor], Tensor]:

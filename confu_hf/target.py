@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from . import compat
 from .cache import ContemplateContext, TreeCache
 from .tree import VerifyLayout
 
@@ -62,14 +62,16 @@ def check_supported(model: PreTrainedModel) -> None:
     if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no token embeddings or no LM head. Load the target with AutoModelForCausalLM.")
     accepted = inspect.signature(type(model).forward).parameters
-    missing = {"inputs_embeds", "position_ids", "past_key_values", "attention_mask"} - set(accepted)
-    if missing and not getattr(model, "_is_stateful", False):
+    missing = {"inputs_embeds", "position_ids", "attention_mask"} - set(accepted)
+    if compat.cache_argument(model) is None:
+        missing.add("cache")
+    if missing and not compat.is_stateful(model):
         raise ValueError(
             f"{name}.forward() does not take {', '.join(sorted(missing))}, which a tree of tokens needs. "
             "Use a target with rotary positions."
         )
     foreign = sorted(set(_layer_types(config)) - set(SUPPORTED_LAYER_TYPES))
-    if foreign or getattr(model, "_is_stateful", False):
+    if foreign or compat.is_stateful(model):
         raise ValueError(
             f"{name} has layers with recurrent or unsupported state ({', '.join(foreign) or 'stateful model'}), "
             f"expected only {', '.join(SUPPORTED_LAYER_TYPES)}. A tree cannot branch off such a state: "
@@ -79,7 +81,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def _check_attention(name: str, config: PreTrainedConfig) -> None:
-    implementation = config._attn_implementation
+    implementation = compat.attention_implementation(config)
     if implementation not in SUPPORTED_ATTENTION:
         raise ValueError(
             f"{name} uses attn_implementation={implementation!r}, expected one of {SUPPORTED_ATTENTION}: "
@@ -169,7 +171,7 @@ def prefill(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=cache,
+        **compat.cache_keyword(model, cache),
         use_cache=True,
         logits_to_keep=1,
         output_hidden_states=list(layer_ids),
@@ -211,7 +213,7 @@ def verify(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=layout.position_ids,
-            past_key_values=cache,
+            **compat.cache_keyword(model, cache),
             use_cache=True,
             logits_to_keep=torch.arange(num_nodes, device=embeds.device),
             output_hidden_states=list(layer_ids),
@@ -248,7 +250,9 @@ def soft_prompt_key_values(model: PreTrainedModel, embeddings: Tensor) -> Tensor
     _check_no_checkpointing(model)
     cache = DynamicCache()  # without a config: windows are left to the mask, and no layer drops rows
     parameter = model.get_input_embeddings().weight
-    model.get_decoder()(inputs_embeds=embeddings[None].to(parameter), past_key_values=cache, use_cache=True)
+    decoder = model.get_decoder()
+    embeds = embeddings[None].to(parameter)
+    decoder(inputs_embeds=embeds, use_cache=True, **compat.cache_keyword(decoder, cache))
     per_layer = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # (2, kv_heads, S, head_dim)
     return torch.stack([states.to(embeddings.device) for states in per_layer]).transpose(2, 3)
 
@@ -260,7 +264,7 @@ def contemplate_anchors(
     position_ids: Tensor,
     context_mask: Tensor,
     layer_ids: Sequence[int],
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Training: the contemplate tokens of `K` anchors in one pass against a finished context; no logits are computed.
 
     Each token attends to the soft prompts, its own part of the context and itself, as in `verify()`. Gradients reach
@@ -273,7 +277,7 @@ def contemplate_anchors(
             Anchor at slot 2 of an unpadded sequence of 4: mask `1 1 1 0`, position 3.
 
     Returns:
-        Futures `(B, K, 3 d)`.
+        Futures `(B, K, 3 d)`, and what the head would read, `(B, K, d)`.
     """
     _check_no_checkpointing(model)
     batch, anchors, _ = embeddings.shape
@@ -292,16 +296,17 @@ def contemplate_anchors(
         dim=-1,
     )
     config = model.config.get_text_config(decoder=True)
-    output = model.get_decoder()(
+    decoder = model.get_decoder()
+    output = decoder(
         inputs_embeds=embeds,
         attention_mask=_attention_mask(config, mask, position_ids, key_positions, embeds.dtype),
         position_ids=position_ids,
-        past_key_values=context,
+        **compat.cache_keyword(decoder, context),
         use_cache=True,
         output_hidden_states=list(layer_ids),
         return_dict=True,
     )
-    return _features(output.hidden_states, layer_ids)
+    return _features(output.hidden_states, layer_ids), output.last_hidden_state
 
 
 def _check_no_checkpointing(model: PreTrainedModel) -> None:

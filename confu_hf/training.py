@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache import ContemplateContext
+from .compat import cache_keyword
 from .draft_rows import DraftRows, gather_rows, row_attention, select_rows
 from .feature_store import FeatureStore
 from .losses import chain_accepted_length, linear_kl
@@ -170,24 +171,31 @@ class ConFuForTraining(nn.Module):
         keep_cache = store is not None and store.cache_shape is not None
         cache = DynamicCache() if contemplate or keep_cache else None
         # Padding is on the right, where causal attention never looks: no mask, so the fastest attention there is.
-        # The hidden state behind the last layer has passed the final norm: the head's input.
-        ids = [*self.draft.config.target_layer_ids, self.target.config.get_text_config().num_hidden_layers]
-        output = self.target(
-            input_ids=input_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            output_hidden_states=ids,
-            logits_to_keep=torch.arange(first, input_ids.shape[1], device=input_ids.device),
-        )
-        states = torch.cat([output.hidden_states[i] for i in ids], dim=-1)
-        logits = output.logits[..., self.draft.draft_token_ids]
+        features, last, all_logits = self._read_target(input_ids, first, cache)
+        logits = all_logits[..., self.draft.draft_token_ids]
         best, choice = logits.max(-1)
-        choices = torch.where(best == output.logits.amax(-1), choice, -1)
+        choices = torch.where(best == all_logits.amax(-1), choice, -1)
         if store is not None:
-            store.write(index, attention_mask, states, F.pad(choices, (first, 0)))
+            store.write(index, attention_mask, torch.cat([features, last], dim=-1), F.pad(choices, (first, 0)))
         if keep_cache:
             store.write_cache(index, attention_mask, cache)
-        return states[..., : -output.hidden_states[ids[-1]].shape[-1]], *self._draft_view(logits, choices), cache
+        return features, *self._draft_view(logits, choices), cache
+
+    def _read_target(self, input_ids: torch.Tensor, first: int, cache: DynamicCache | None):
+        """Features `(B, N, 3 d)`; for the store, the head's inputs `(B, N, d)`, else None; logits from `first` on."""
+        ids = self.draft.config.target_layer_ids
+        module = self.target if self.feature_store is None else self.target.get_decoder()
+        arguments = {"use_cache": cache is not None, "output_hidden_states": list(ids), **cache_keyword(module, cache)}
+        if self.feature_store is None:
+            # Whole: soft-capped and scaled logits stay where they are.
+            kept = torch.arange(first, input_ids.shape[1], device=input_ids.device)
+            output = module(input_ids=input_ids, logits_to_keep=kept, **arguments)
+            last, logits = None, output.logits
+        else:
+            output = module(input_ids=input_ids, **arguments)
+            last = output.last_hidden_state
+            logits = self.target.get_output_embeddings()(last[:, first:])
+        return torch.cat([output.hidden_states[i] for i in ids], dim=-1), last, logits
 
     @staticmethod
     def _draft_view(logits: torch.Tensor, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,15 +218,14 @@ class ConFuForTraining(nn.Module):
         layer = self.target.confu
         embeddings = layer.contemplate_embedding(features.gather(1, gather))  # (B, A, d)
         visible = torch.arange(features.shape[1], device=device) <= anchors[..., None]  # (B, A, N)
-        futures = contemplate_anchors(
+        futures, last = contemplate_anchors(
             self.target,
             ContemplateContext(context, self._soft_prompts(layer)),
             embeddings,
             anchors + 1,
             visible,
-            [*self.draft.config.target_layer_ids, self.target.config.get_text_config().num_hidden_layers],
-        )  # (B, A, 4 d)
-        futures, last = futures.split([features.shape[-1], features.shape[-1] // 3], dim=-1)
+            self.draft.config.target_layer_ids,
+        )  # (B, A, 3 d), (B, A, d)
         latest = (
             torch.searchsorted(
                 anchor_rows, torch.arange(count, device=device).expand(batch, -1).contiguous(), right=True

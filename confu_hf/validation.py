@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, StaticCache
+from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 
 from .adapter import ConFuLayer
 from .adapter_weights import CHILD_NAME, check_adapter_weights
@@ -24,7 +24,7 @@ from .generation import TreeOptions
 OPTION_ARGUMENTS = {field.name: field.name for field in fields(TreeOptions)} | {"top_k": "draft_top_k"}
 
 # Inputs of a target that the loop hands on, or derives. Any other would be lost, and the text would change.
-LOOP_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+LOOP_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
 
 
 class ConFuGenerationConfig(GenerationConfig):
@@ -153,10 +153,10 @@ def check_strategy(config: GenerationConfig) -> None:
             raise _refused_call(f"{name}={getattr(config, name)!r}", expected, fix)
 
 
-def check_inputs(input_ids: Tensor, model_kwargs: Mapping[str, Any], synced_gpus: bool) -> None:
+def check_inputs(input_ids: Tensor, cache: Cache | None, model_kwargs: Mapping[str, Any], synced_gpus: bool) -> None:
     """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out."""
     batch_size, length = input_ids.shape
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    mask = model_kwargs.get("attention_mask")
     position_ids = model_kwargs.get("position_ids")
     if batch_size > 1:
         fix = "Call generate once per prompt, or leave out the assistant."
@@ -164,8 +164,8 @@ def check_inputs(input_ids: Tensor, model_kwargs: Mapping[str, Any], synced_gpus
     if length == 0:
         raise _refused_call("inputs_embeds", "input_ids", "Pass token ids.")
     if isinstance(cache, StaticCache):
-        fix = "Pass DynamicCache(config=model.config), or leave out past_key_values."
-        raise _refused_call("past_key_values of type StaticCache", "a DynamicCache, or none", fix)
+        fix = "Pass DynamicCache(config=model.config), or leave out the cache."
+        raise _refused_call("a cache of type StaticCache", "a DynamicCache, or none", fix)
     if synced_gpus:
         fix = "Leave out the assistant under ZeRO-3 and FSDP."
         raise _refused_call("synced_gpus=True", "a target that each process holds whole", fix)
@@ -174,7 +174,7 @@ def check_inputs(input_ids: Tensor, model_kwargs: Mapping[str, Any], synced_gpus
         raise _refused_call(
             f"{length} input_ids on top of a cache of {past_length} tokens",
             "the whole prompt in input_ids, those in the cache included",
-            "Pass the ids of the conversation so far, as for a call without past_key_values.",
+            "Pass the ids of the conversation so far, as for a call without a cache.",
         )
     real = torch.ones_like(input_ids).bool() if mask is None else mask.bool()
     unknown = [name for name, value in model_kwargs.items() if value is not None and name not in LOOP_INPUTS]

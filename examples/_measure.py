@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel
+
+from confu_hf.compat import attention_implementation, cache_keyword
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def explain_difference(
     known = torch.tensor([list(expected[:index])], dtype=prompt_ids.dtype, device=prompt_ids.device)
     ids = torch.cat([prompt_ids, known], dim=1)
     at_once = model(ids).logits[0, -1].float()
-    cache = model(ids[:, :-1]).past_key_values
-    as_step = model(ids[:, -1:], past_key_values=cache).logits[0, -1].float()
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-1], **cache_keyword(model, cache))
+    as_step = model(ids[:, -1:], **cache_keyword(model, cache)).logits[0, -1].float()
     pair = [expected[index], got[index]]
     gap = (at_once[pair[0]] - at_once[pair[1]]).abs().item()
     resolution = torch.finfo(model.dtype).eps * at_once.max().item()
@@ -131,7 +134,7 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
+        "attention": attention_implementation(model.config),
         "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     }
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from _smollm2 import load_target
 from datasets import Dataset
+from peft import inject_adapter_in_model
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -87,7 +88,7 @@ def add_adapter(arguments: ScriptArguments, target, draft: ConFuAssistant) -> No
         head_dim=head_dim,
         target_layer_ids=list(draft.config.target_layer_ids),
     )
-    target.add_adapter(config)
+    inject_adapter_in_model(config, target)
     layer = target.confu
     table = target.get_input_embeddings().weight
     with torch.no_grad():

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from confu_hf.compat import OUTPUT_CACHE
+
 PROMPT = torch.arange(3, 14)[None]
+# What this version of Transformers lets a cache be called: as an argument of `generate`, as a field of outputs.
+CACHE_NAMES = sorted({OUTPUT_CACHE, "past_key_values"})
 DRAFT = {"draft_vocab_size": 50, "num_virtual_tokens": 4}
 
 

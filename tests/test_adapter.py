@@ -105,6 +105,7 @@ def test_bf16_adapter_is_cast_at_its_edges(tmp_path):
     assert layer.contemplate_embedding(torch.randn(1, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.native_peft
 def test_native_life_cycle(saved):
     folder, weights = saved
     target = tiny_llama()
@@ -143,6 +144,7 @@ def test_state_dict_round_trip():
     assert_same_weights(adapter_weights(source.get_base_model()), adapter_weights(target))
 
 
+@pytest.mark.native_peft
 def test_lora_and_confu_on_one_model():
     target = tiny_llama()
     logits = target(PROMPT).logits
@@ -275,7 +277,14 @@ def test_bad_weights_are_refused(saved, change, message):
         ({"head_dim": 16}, "got head_dim=8, expected 16"),
     ],
 )
-@pytest.mark.parametrize("route", ["native", "peft", "add"])
+@pytest.mark.parametrize(
+    "route",
+    [
+        pytest.param("native", marks=pytest.mark.native_peft),
+        "peft",
+        pytest.param("add", marks=pytest.mark.native_peft),
+    ],
+)
 def test_adapter_of_another_target_leaves_this_one_as_it_was(saved, other, message, route):
     folder, _ = saved
     target = tiny_llama(**other)

@@ -17,6 +17,7 @@ from tiny_models import (
 from transformers import DynamicCache, StaticCache
 
 from confu_hf.cache import ContemplateContext, TreeCache
+from confu_hf.compat import cache_keyword
 from confu_hf.target import prefill
 
 LAYERS, HEADS, DIM, PROMPTS = 3, 2, 4, 5
@@ -235,11 +236,11 @@ def test_plain_generate_with_a_tree_cache(name, do_sample):
     model, ids = ARCHITECTURES[name](), prompt_ids()
     cache = TreeCache(NUM_LAYERS, torch.randn(NUM_LAYERS, 2, PROMPTS, 2, 8), block_size=4)
     outputs = []
-    for past_key_values in (None, cache):
+    for users in (None, cache):
         torch.manual_seed(0)
         options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": do_sample}
         outputs.append(
-            model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=past_key_values, **options)
+            model.generate(ids, attention_mask=torch.ones_like(ids), **cache_keyword(model, users), **options)
         )
     assert torch.equal(*outputs)
     assert cache.get_seq_length() == outputs[0].shape[1] - 1

@@ -13,6 +13,7 @@ from tiny_models import tiny_llama, tiny_qwen3, tiny_target
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
 
 from confu_hf import ConFuAssistant
+from confu_hf.compat import cache_keyword
 from confu_hf.modeling_confu import ConFuDraftModel
 
 
@@ -67,6 +68,7 @@ def test_attach_without_any_adapter(confu):
     assert type(other) is type(tiny_llama()), "a refused attachment changes nothing"
 
 
+@pytest.mark.native_peft
 def test_disabled_adapters_asked_to_contemplate(folder):
     target = tiny_llama()
     target.load_adapter(str(folder / "adapter"))
@@ -175,16 +177,16 @@ def test_batches(target, confu):
 
 def test_static_cache(target, confu):
     cache = StaticCache(config=target.config, max_cache_len=64)
-    message = ["got past_key_values of type StaticCache, expected a DynamicCache, or none. Pass DynamicCache"]
-    refused(message, generate(target, confu, past_key_values=cache), target)
+    message = ["got a cache of type StaticCache, expected a DynamicCache, or none. Pass DynamicCache"]
+    refused(message, generate(target, confu, **cache_keyword(target, cache)), target)
 
 
 def test_a_prompt_without_its_cached_part(target, confu):
     cache = DynamicCache(config=target.config)
-    target(PROMPT, past_key_values=cache)
+    target(PROMPT, **cache_keyword(target, cache))
     message = ["got 2 input_ids on top of a cache of 11 tokens, expected the whole prompt", "Pass the ids of the"]
     mask = torch.ones(1, 13, dtype=torch.long)
-    call = generate(target, confu, prompt=torch.tensor([[5, 6]]), past_key_values=cache, attention_mask=mask)
+    call = generate(target, confu, prompt=torch.tensor([[5, 6]]), attention_mask=mask, **cache_keyword(target, cache))
     refused(message, call, target)
     assert cache.get_seq_length() == 11
 
@@ -337,6 +339,7 @@ def test_nan_in_the_adapter_file(folder):
     refused(message, lambda: ConFuAssistant.from_pretrained(folder, target=target), target)
 
 
+@pytest.mark.native_peft
 def test_an_adapter_that_transformers_loaded_is_checked_before_use(folder):
     """`load_adapter` has no hook after its loading: what it left out or loaded as NaN is seen by `generate`."""
     key = "base_model.model.confu.confu_experts.weight"

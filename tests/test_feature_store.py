@@ -7,6 +7,7 @@ import torch
 from tiny_models import tiny_gemma2, tiny_llama
 from tiny_pairs import conversations, tiny_pair
 
+from confu_hf.compat import OUTPUT_CACHE
 from confu_hf.data import ConversationCollator
 from confu_hf.feature_store import FeatureStore
 from confu_hf.target import attention_geometry
@@ -95,7 +96,7 @@ def test_contemplation_runs_the_target_where_no_keys_and_values_are_stored(tmp_p
     assert torch.equal(run(confu, rows)["loss"], expected)
     assert confu.feature_store.holds(index, cache=True)
     keys = confu.feature_store.read_cache(index, 20).layers[3].keys
-    expected_keys = module.target(torch.tensor(rows[1]["input_ids"])[None]).past_key_values.layers[3].keys
+    expected_keys = module.target(torch.tensor(rows[1]["input_ids"])[None])[OUTPUT_CACHE].layers[3].keys
     torch.testing.assert_close(keys[1, :, :12], expected_keys[0], rtol=0.05, atol=0.05)
     assert not keys[1, :, 12:].any()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assisted_calls import CACHE_NAMES
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -264,22 +265,23 @@ def test_scores_and_logits_are_those_of_plain_decoding(do_sample, oracle):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("cache_name", CACHE_NAMES)
 @pytest.mark.parametrize("passed_in", [False, True])
-def test_a_second_turn_on_the_returned_cache_equals_a_fresh_run(name, passed_in, oracle):
+def test_a_second_turn_on_the_returned_cache_equals_a_fresh_run(name, passed_in, cache_name, oracle):
     model = ARCHITECTURES[name]()
     assistant = make_assistant(model)
     arguments = {"do_sample": False, "assistant_model": assistant, "return_dict_in_generate": True, **LENGTHS}
-    cache = {"past_key_values": DynamicCache(config=model.config)} if passed_in else {}
+    cache = {cache_name: DynamicCache(config=model.config)} if passed_in else {}
     first = model.generate(PROMPT, **cache, **arguments)
     if passed_in:
-        assert first.past_key_values is cache["past_key_values"]
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+        assert getattr(first, cache_name) is cache[cache_name]
+    assert getattr(first, cache_name).get_seq_length() == first.sequences.shape[1] - 1
     second_prompt = torch.cat([first.sequences, torch.tensor([[9, 31, 4]])], dim=1)
     fresh = model.generate(second_prompt, do_sample=False, **LENGTHS)
-    second = model.generate(second_prompt, past_key_values=first.past_key_values, **arguments)
+    second = model.generate(second_prompt, **{cache_name: getattr(first, cache_name)}, **arguments)
     assert second.sequences.tolist() == fresh.tolist()
     third_prompt = torch.cat([second.sequences, torch.tensor([[2 + 40, 6]])], dim=1)
-    plain = model.generate(third_prompt, past_key_values=second.past_key_values, do_sample=False, **LENGTHS)
+    plain = model.generate(third_prompt, **{cache_name: getattr(second, cache_name)}, do_sample=False, **LENGTHS)
     assert plain.tolist() == model.generate(third_prompt, do_sample=False, **LENGTHS).tolist()
 
 

@@ -16,7 +16,8 @@ from confu_hf.packing import PackedLinears
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
+no_bfloat16 = pytest.mark.skipif(not packing._has_bfloat16_kernels(), reason="this CPU has no bfloat16")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=no_bfloat16)])
 
 
 def pack(*modules: nn.Module, **kwargs) -> PackedLinears:
@@ -41,7 +42,7 @@ def test_equal_to_the_plain_layer_up_to_rounding(dtype, bias, shape):
     torch.testing.assert_close(got, layer(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.skipif(not packing._has_bfloat16_kernels(), reason="this CPU has no bfloat16")
+@no_bfloat16
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_products_in_another_dtype(bias):
@@ -184,6 +185,48 @@ def test_changed_weights_are_noticed():
     assert changed(lambda layer: layer.weight.data.add_(1))  # as PEFT merges adapters: no new version, same address
     assert changed(lambda layer: layer.to(torch.bfloat16))
     assert not changed(lambda layer: layer.bias.add_(1))
+
+
+def _through_numpy(weight):
+    weight.detach().numpy()[7, 3] += 1e-6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data[1:6].mul_(9.0),
+        lambda weight: weight.data[:, 5].mul_(9.0),
+        lambda weight: weight.data[-1, -1].neg_(),
+        lambda weight: weight.data.copy_(weight.data.flip(0)),
+        lambda weight: weight.data.copy_(weight.data.flip(1)),
+        _through_numpy,
+    ],
+    ids=["rows", "column", "one element", "rows exchanged", "columns exchanged", "numpy view"],
+)
+@pytest.mark.parametrize("shape", [(48, 80), (47, 81), (1100, 7)])
+@torch.no_grad()
+def test_any_change_that_leaves_no_mark_on_the_tensor_is_seen(change, shape):
+    torch.manual_seed(0)
+    layer = nn.Linear(*reversed(shape))
+    packed = pack(layer)
+    address, version = layer.weight.data_ptr(), layer.weight._version
+    assert not packed.is_stale()
+    change(layer.weight)
+    assert (layer.weight.data_ptr(), layer.weight._version) == (address, version)
+    assert packed.is_stale()
+
+
+def test_generate_follows_a_head_changed_behind_its_back():
+    """With default options, between two calls."""
+    target = tiny_llama(dtype=torch.float32, vocab_size=97, hidden_size=2048, num_hidden_layers=7, head_dim=512)
+    confu = tiny_pair(target)
+    prompt = torch.arange(3, 14)[None]
+    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
+    before = target.generate(prompt, assistant_model=confu, **arguments)
+    target.lm_head.weight.data[1:6].mul_(9.0)
+    expected = target.generate(prompt, **arguments)
+    assert not torch.equal(before, expected)
+    assert torch.equal(target.generate(prompt, assistant_model=confu, **arguments), expected)
 
 
 @torch.no_grad()

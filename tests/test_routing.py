@@ -22,6 +22,7 @@ from transformers import (
 
 from confu_hf import ConFuAssistant
 from confu_hf.adapter import ConFuAdapterConfig
+from confu_hf.compat import cache_keyword
 
 
 @pytest.fixture
@@ -63,6 +64,7 @@ def test_peft_model_routes_to_the_loop(folder):
     assert model.get_base_model().confu.current == "default", "what PEFT loaded stays"
 
 
+@pytest.mark.native_peft
 def test_native_adapter_routes_to_the_loop(folder):
     target = tiny_llama()
     target.load_adapter(str(folder), adapter_kwargs={"subfolder": "adapter"})
@@ -129,11 +131,11 @@ def test_scores_and_logits(target, confu):
 
 def test_second_turn_on_a_cache(target, confu):
     cache = DynamicCache(config=target.config)
-    first = assisted(target, confu, past_key_values=cache, max_new_tokens=8)
+    first = assisted(target, confu, max_new_tokens=8, **cache_keyword(target, cache))
     assert 0 < cache.get_seq_length() < first.shape[1]
     prompt = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
     expected = target.generate(prompt, max_new_tokens=12)
-    again = target.generate(prompt, max_new_tokens=12, past_key_values=cache, assistant_model=confu)
+    again = target.generate(prompt, max_new_tokens=12, assistant_model=confu, **cache_keyword(target, cache))
     assert torch.equal(again, expected)
 
 
@@ -149,7 +151,7 @@ def options_seen(monkeypatch):
     from confu_hf import generation
 
     def loop(*args, **kwargs):
-        seen.append(args[7])
+        seen.append(kwargs["options"])
         return real(*args, **kwargs)
 
     real = generation.confu_generate

@@ -209,7 +209,7 @@ def test_training_anchors_are_the_futures_of_inference(name, kind):
     anchors = torch.tensor([[0, 4, 10], [3, 7, 9]])
     mask = torch.arange(LENGTH) <= anchors[..., None]  # (B, K, C)
     context = ContemplateContext(whole, prompts)
-    futures = contemplate_anchors(model, context, con, anchors + 1, mask, LAYER_IDS)
+    futures, last = contemplate_anchors(model, context, con, anchors + 1, mask, LAYER_IDS)
     for row in range(2):
         for k, anchor in enumerate(anchors[row].tolist()):
             cache, zeros = TreeCache(NUM_LAYERS, prompts), torch.zeros(1, 1, dtype=torch.long)
@@ -237,7 +237,7 @@ def test_training_anchors_in_left_padded_rows():
         visible = (visible & row_mask.bool() if row_mask is not None else visible[None])[:, None]
         position = positions[1:, anchor : anchor + 1] + 1
         context = ContemplateContext(whole, prompts)
-        futures.append(contemplate_anchors(model, context, con, position, visible, LAYER_IDS))
+        futures.append(contemplate_anchors(model, context, con, position, visible, LAYER_IDS)[0])
     torch.testing.assert_close(*futures, **EXACT)
 
 
@@ -252,7 +252,7 @@ def test_gradients_reach_prompts_and_embeddings_only(name):
     assert prompts.shape == (NUM_LAYERS, 2, PROMPTS, 2, 8)
     mask = torch.arange(LENGTH) <= torch.tensor([[2, 8]] * 2)[..., None]
     positions = torch.tensor([[3, 9]] * 2)
-    futures = contemplate_anchors(model, ContemplateContext(whole, prompts), con, positions, mask, LAYER_IDS)
+    futures, _ = contemplate_anchors(model, ContemplateContext(whole, prompts), con, positions, mask, LAYER_IDS)
     futures.square().sum().backward()
     assert virtual.grad.abs().sum(-1).min() > 0 and con.grad.abs().sum(-1).min() > 0
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,233 @@
+"""Names of Transformers and PEFT that are private or that differ between versions; no other file uses one.
+
+What is there is found by looking (signatures, fields), not by comparing version strings. A shim says when it goes.
+`RELIED_ON` lists the methods that the package overrides or calls by a private name; `tests/test_compat.py` looks for
+each of them and says which one is gone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from packaging.requirements import Requirement
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import cached_file
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "CacheLayerMixin",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "cached_file",
+]
+
+RELIED_ON = {
+    "transformers.GenerationMixin": (
+        "_assisted_decoding",
+        "_extract_generation_mode_kwargs",
+        "_supports_logits_to_keep",
+        "_validate_generation_mode",
+    ),
+    "transformers.PreTrainedModel": ("_init_weights", "_keys_to_ignore_on_save", "_is_stateful"),
+    "transformers.PreTrainedConfig": ("_attn_implementation",),
+    "transformers.Trainer": ("_get_train_sampler", "_load_best_model", "_load_from_checkpoint", "_save"),
+    "transformers.trainer_pt_utils.LengthGroupedSampler": ("__iter__",),
+    "peft.tuners.tuners_utils.BaseTuner": (
+        "_create_and_replace",
+        "_mark_only_adapters_as_trainable",
+        "_remap_adapter_state_dict_for_load",
+    ),
+    "peft.tuners.tuners_utils.BaseTunerLayer": ("_move_adapter_to_device_of_base_layer",),
+}
+
+# The names a cache goes by, newest first: `cache` came with Transformers 5.24. Drop the second one when 5.24 is the
+# least version supported.
+_CACHE_NAMES = ("cache", "past_key_values")
+_OUTPUT_FIELDS = {field.name for field in fields(GenerateDecoderOnlyOutput)}
+OUTPUT_CACHE = next(name for name in _CACHE_NAMES if name in _OUTPUT_FIELDS)
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """What the forward pass of a model calls its cache; None if it takes none."""
+    return _cache_argument(type(module))
+
+
+@functools.cache
+def _cache_argument(module_class: type[nn.Module]) -> str | None:
+    parameters = inspect.signature(module_class.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in parameters), None)
+
+
+def cache_keyword(module: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
+    """The keyword argument that hands `cache` to `module`."""
+    return {cache_argument(module) or _CACHE_NAMES[-1]: cache}
+
+
+def decoder_only_output(*, cache: Cache, **values: Any) -> GenerateDecoderOnlyOutput:
+    """The output of `generate`, the cache under the name that this version of Transformers uses."""
+    return GenerateDecoderOnlyOutput(**values, **{OUTPUT_CACHE: cache})
+
+
+def split_cache(model_kwargs: Mapping[str, Any]) -> tuple[Cache | None, dict[str, Any]]:
+    """The user's cache out of the model inputs of `generate`, None if `generate` made it; and the other inputs."""
+    cache = next((model_kwargs[name] for name in _CACHE_NAMES if model_kwargs.get(name) is not None), None)
+    others = {name: value for name, value in model_kwargs.items() if name not in _CACHE_NAMES}
+    return cache if getattr(cache, "_is_user_defined", False) else None, others
+
+
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """`sdpa`, `eager`, ..."""
+    return config._attn_implementation
+
+
+def is_stateful(model: PreTrainedModel) -> bool:
+    """Whether a model keeps a state that no cache holds (state-space models)."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def name_or_path(config: PreTrainedConfig) -> str | None:
+    """Where a model was loaded from."""
+    return getattr(config, "_name_or_path", None) or None
+
+
+def ignore_on_save(model: PreTrainedModel, keys: set[str]) -> None:
+    """Have `save_pretrained` leave out these keys of the state dict."""
+    model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | keys
+
+
+def no_longer_ignore_on_save(model: PreTrainedModel, keys: set[str]) -> None:
+    """Undo [`ignore_on_save`]."""
+    model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) - keys
+
+
+def forget_adapters(model: PreTrainedModel) -> None:
+    """Have a model look as if PEFT had never been there: `add_adapter` leaves a mark."""
+    if getattr(model, "peft_config", None) == {}:
+        del model.peft_config
+    if not hasattr(model, "peft_config"):
+        model._hf_peft_config_loaded = False
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` returns."""
+    return getattr(model, "_orig_mod", model)
+
+
+class GenerateSteps:
+    """The steps of `generate` that a routed target changes, under names of our own.
+
+    Goes in front of the target's class. `generate` takes its steps in this order: its own arguments are told from the
+    model's, the complete generation config is checked, the decoding method runs.
+    """
+
+    def is_routed(self, assistant: Any) -> bool:
+        """Whether calls with this assistant take the other way; all others stay with Transformers."""
+        raise NotImplementedError
+
+    def take_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Remove from the arguments of `generate` what is neither Transformers' nor the model's, and return it."""
+        raise NotImplementedError
+
+    def check_call(self, assistant: Any, generation_config: Any, taken: dict[str, Any]) -> Any:
+        """Refuse what cannot work. Returns what [`decode`] needs to know of the arguments taken."""
+        raise NotImplementedError
+
+    def decode(self, assistant: Any, checked: Any, inputs: dict[str, Any], **arguments: Any) -> Any:
+        """Decode. `inputs` are the model's; the other arguments are those of `generate`'s decoding methods."""
+        raise NotImplementedError
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        taken = {}
+        if custom_generate is None and self.is_routed(assistant_model):
+            taken = self.take_arguments(kwargs)
+        mode_kwargs = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        return {**mode_kwargs, "routed": taken} if taken else mode_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        assistant = generation_mode_kwargs.get("assistant_model")
+        if self.is_routed(assistant):
+            taken = generation_mode_kwargs.get("routed", {})
+            generation_mode_kwargs["routed"] = self.check_call(assistant, generation_config, taken)
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _assisted_decoding(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        inputs_tensor=None,
+        assistant_model=None,
+        assistant_tokenizer=None,
+        tokenizer=None,
+        routed=None,
+        **model_kwargs,
+    ):
+        # `generate` finds `inputs_tensor` by inspection, so the signature is spelled out as in Transformers.
+        arguments = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "synced_gpus": synced_gpus,
+            "streamer": streamer,
+        }
+        if self.is_routed(assistant_model):
+            return self.decode(assistant_model, routed, model_kwargs, input_ids=input_ids, **arguments)
+        return super()._assisted_decoding(
+            input_ids,
+            **arguments,
+            inputs_tensor=inputs_tensor,
+            assistant_model=assistant_model,
+            assistant_tokenizer=assistant_tokenizer,
+            tokenizer=tokenizer,
+            **model_kwargs,
+        )
+
+
+class OnlyRouted:
+    """An assistant that works with a routed target alone: elsewhere its `generate`, which refuses, is called first."""
+
+    def _supports_logits_to_keep(self) -> bool:
+        # The first thing that Transformers' own assisted decoding asks of an assistant.
+        return self.generate()
+
+
+def warn_outside_tested_range(package: str) -> None:
+    """Warn if a requirement of an installed `package` is not met: it was never run on what is there."""
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires(package) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return  # a checkout that is not installed declares nothing
+    for requirement in requirements:
+        if requirement.marker is not None:
+            continue  # of an extra
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            warnings.warn(
+                f"{package}: got {requirement.name} {version}, tested with {requirement.name}{requirement.specifier}. "
+                f'It may not work. Run `pip install "{requirement.name}{requirement.specifier}"`, '
+                f"or install a newer {package}.",
+                stacklevel=2,
+            )
