@@ -8,12 +8,12 @@ Importing the package registers the draft with Transformers' auto classes and th
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .adapter import ConFuAdapterConfig
-from .assisted import ConFuAssistant
+from .adapter.config import ConFuAdapterConfig
+from .assistant.assistant import ConFuAssistant
 from .compat import warn_outside_tested_range
 from .configuration_confu import ConFuConfig
-from .generation import GenerationStats, TreeOptions
-from .validation import ConFuGenerationConfig
+from .decoding.stats import GenerationStats
+from .options import ConFuGenerationConfig, TreeOptions
 
 AutoConfig.register(ConFuConfig.model_type, ConFuConfig, exist_ok=True)
 AutoModel.register(ConFuConfig, ConFuAssistant, exist_ok=True)

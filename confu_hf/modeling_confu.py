@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_confu import ConFuConfig
-from .contemplate import ExpertMixture
+from .experts import ExpertMixture
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -25,12 +25,13 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from confu_hf import ConFuAdapterConfig, ConFuAssistant, ConFuConfig
-from confu_hf.data import ConversationCollator, frequent_tokens, load_conversations
-from confu_hf.feature_store import FeatureStore
-from confu_hf.target import attention_geometry, soft_prompt_key_values
-from confu_hf.trainer import ConFuTrainer
-from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
-from confu_hf.warm_start import warm_start_from_eagle3, warm_start_from_target
+from confu_hf.target.geometry import attention_geometry
+from confu_hf.target.soft_prompts import soft_prompt_key_values
+from confu_hf.training.data import ConversationCollator, frequent_tokens, load_conversations
+from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.training.store import FeatureStore
+from confu_hf.training.trainer import ConFuTrainer
+from confu_hf.training.warm_start import warm_start_from_eagle3, warm_start_from_target
 
 
 @dataclass

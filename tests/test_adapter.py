@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny_llama
 
 from confu_hf import ConFuAdapterConfig
-from confu_hf.adapter import ConFuLayer, on_injection
-from confu_hf.adapter_weights import WEIGHT_NAMES, load_adapter_folder
-from confu_hf.contemplate import mix_experts
+from confu_hf.adapter.files import WEIGHT_NAMES, load_adapter_folder
+from confu_hf.adapter.layer import ConFuLayer
+from confu_hf.adapter.tuner import on_injection
+from confu_hf.experts import mix_experts
 
 PROMPT = torch.arange(3, 14)[None]
 
@@ -207,7 +208,7 @@ def test_copies_keep_the_adapter(duplicate):
 
 def test_injection_callbacks_get_the_target(monkeypatch):
     seen = []
-    monkeypatch.setattr("confu_hf.adapter._injection_callbacks", [])
+    monkeypatch.setattr("confu_hf.adapter.tuner._injection_callbacks", [])
     on_injection(seen.append)
     target = tiny_llama()
     model = get_peft_model(target, ConFuAdapterConfig())

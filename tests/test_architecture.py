@@ -1,4 +1,5 @@
-"""The files depend on each other in one direction: read from their imports, those inside functions included."""
+"""The package's folders depend on each other in one direction: read from all imports, those inside functions and those
+for type checkers included."""
 
 from __future__ import annotations
 
@@ -9,174 +10,149 @@ import pytest
 from transformers import GenerationMixin
 
 PACKAGE = Path(__file__).parent.parent / "confu_hf"
-FILES = sorted(PACKAGE.glob("*.py"))
-MODULES = {file.stem for file in FILES} - {"__init__"}
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each file may import of the package. A new file takes a place here; a new arrow wants a reason.
-ALLOWED = {
-    # Leaves: tensors, numbers, words.
+# What each folder, and each file beside them, may import of the package. Bottom up; every folder may import itself.
+BASE = {"errors", "compat", "metrics"}
+DATA = {"configuration_confu", "options", "experts", "tree"}
+MODELS = {"modeling_confu", "target"}
+MAY_IMPORT = {
     "errors": set(),
     "compat": {"errors"},
-    "configuration_confu": {"errors"},
-    "contemplate": {"errors"},
-    "tree": {"errors"},
-    "cache": {"compat", "errors"},
-    "packing": {"errors"},
-    "stats": {"errors"},
-    "losses": {"errors"},
-    "feature_store": {"errors"},
-    "data": {"errors"},
-    # The models: adapter, draft, target.
-    "adapter_weights": {"errors"},
-    "adapter": {"adapter_weights", "compat", "configuration_confu", "contemplate", "errors"},
-    "modeling_confu": {"configuration_confu", "contemplate", "errors"},
-    "target": {"cache", "compat", "contemplate", "errors", "tree"},
-    # Decoding: config -> adapter -> draft -> tree -> verify -> accept -> cache -> next round.
-    "drafting": {"cache", "errors", "modeling_confu", "tree"},
-    "verification": {"errors", "tree"},
-    "generation": {
-        "cache",
-        "compat",
-        "drafting",
-        "errors",
-        "modeling_confu",
-        "packing",
-        "stats",
-        "target",
-        "tree",
-        "verification",
-    },
-    # What meets the user.
-    "hub": {"adapter_weights", "compat", "errors"},
-    "attachment": {"adapter", "adapter_weights", "compat", "errors"},
-    "validation": {"adapter", "adapter_weights", "configuration_confu", "errors", "generation"},
-    "assisted": {
-        "adapter",
-        "adapter_weights",
-        "attachment",
-        "compat",
-        "configuration_confu",
-        "errors",
-        "generation",
-        "hub",
-        "modeling_confu",
-        "target",
-        "validation",
-    },
-    # Training, beside it.
-    "draft_rows": {"data", "errors"},
-    "training": {
-        "cache",
-        "compat",
-        "data",
-        "draft_rows",
-        "errors",
-        "feature_store",
-        "losses",
-        "modeling_confu",
-        "target",
-    },
-    "optimization": {"errors"},
-    "trainer": {"adapter_weights", "errors", "optimization", "training"},
-    "warm_start": {"errors", "modeling_confu"},
+    "metrics": {"errors"},
+    "configuration_confu": BASE,
+    "experts": BASE,
+    "tree": BASE,
+    "options": BASE | {"configuration_confu"},
+    "modeling_confu": BASE | DATA,
+    "target": BASE | DATA,
+    "adapter": BASE | DATA | MODELS,
+    "acceleration": BASE | DATA | MODELS,
+    "decoding": BASE | DATA | MODELS | {"adapter", "acceleration"},
+    "hub": BASE | DATA | MODELS | {"adapter"},
+    "assistant": BASE | DATA | MODELS | {"adapter", "acceleration", "decoding", "hub"},
+    "training": BASE | DATA | MODELS | {"adapter", "hub"},
+    "__init__": BASE | DATA | {"adapter", "assistant", "decoding"},
 }
-TRAINING = {"data", "draft_rows", "feature_store", "losses", "optimization", "trainer", "training", "warm_start"}
-DECODING = {
-    "assisted",
-    "attachment",
-    "drafting",
-    "generation",
-    "hub",
-    "packing",
-    "stats",
-    "validation",
-    "verification",
-}
+
+
+def module_name(file: Path) -> str:
+    """`confu_hf/tree/growing.py` -> `tree.growing`, `confu_hf/tree/__init__.py` -> `tree`, `confu_hf/__init__.py` ->
+    `__init__`."""
+    parts = list(file.relative_to(PACKAGE).with_suffix("").parts)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
 
 
 def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def imports_of(tree: ast.AST) -> set[str]:
-    """Modules of the package that a tree imports, anywhere; not those it only names for type checkers."""
+def imports_of(tree: ast.AST, package: list[str], known: set[str]) -> set[str]:
+    """Modules of the package that a tree imports, anywhere. `package` holds the folders that its file lies in."""
     found = set()
-    for node in ast.iter_child_nodes(tree):
-        if is_type_checking(node):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            paths = [alias.name.split(".")[1:] for alias in node.names if alias.name.split(".")[0] == PACKAGE.name]
+        elif isinstance(node, ast.ImportFrom):
+            absolute = (node.module or "").split(".") if node.module else []
+            if node.level:
+                base = package[: len(package) - (node.level - 1)] + absolute
+            elif absolute[0] == PACKAGE.name:
+                base = absolute[1:]
+            else:
+                continue
+            # `from ..tree import layout` names a module of the folder, `from ..tree.layout import VerifyLayout` a class.
+            paths = [[*base, alias.name] if ".".join([*base, alias.name]) in known else base for alias in node.names]
+        else:
             continue
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            paths = [alias.name.split(".") for alias in node.names]
-            found |= {path[1] for path in paths if path[0] == PACKAGE.name and len(path) > 1}
-        found |= imports_of(node)
+        found |= {".".join(path) or "__init__" for path in paths}
     return found
 
 
-IMPORTS = {file.stem: imports_of(parse(file)) for file in FILES if file.stem != "__init__"}
+KNOWN = {module_name(file) for file in FILES}
+IMPORTS = {
+    module_name(file): imports_of(parse(file), list(file.relative_to(PACKAGE).parts[:-1]), KNOWN) for file in FILES
+}
 
 
-def reachable(module: str) -> set[str]:
-    found, waiting = set(), [module]
-    while waiting:
-        new = IMPORTS[waiting.pop()] - found
-        found |= new
-        waiting += new
-    return found
+def folder(module: str) -> str:
+    return module.split(".")[0]
+
+
+def violations(imports: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{module} imports {other}"
+        for module, others in imports.items()
+        for other in sorted(others)
+        if folder(other) != folder(module) and folder(other) not in MAY_IMPORT[folder(module)]
+    ]
+
+
+def cycles(imports: dict[str, set[str]]) -> set[str]:
+    """Modules that lead back to themselves."""
+
+    def reachable(module: str) -> set[str]:
+        found, waiting = set(), [module]
+        while waiting:
+            new = imports.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
+
+    return {module for module in imports if module in reachable(module)}
 
 
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("from .tree import x", {"tree"}),
-        ("from . import tree, cache", {"tree", "cache"}),
-        ("def f():\n    from .tree import x", {"tree"}),
-        ("class A:\n    def f(self):\n        import confu_hf.tree", {"tree"}),
-        ("from confu_hf.tree import x", {"tree"}),
-        ("from confu_hf import tree", {"tree"}),
-        ("try:\n    from .tree import x\nexcept ImportError:\n    pass", {"tree"}),
-        ("if TYPE_CHECKING:\n    from .tree import x", set()),
+        ("from ..tree.layout import x", {"tree.layout"}),
+        ("from ..tree import layout, ends", {"tree.layout", "tree.ends"}),
+        ("from .. import compat", {"compat"}),
+        ("from .state import x", {"decoding.state"}),
+        ("from . import state", {"decoding.state"}),
+        ("def f():\n    from ..tree.layout import x", {"tree.layout"}),
+        ("class A:\n    def f(self):\n        import confu_hf.tree.layout", {"tree.layout"}),
+        ("from confu_hf.tree.layout import x", {"tree.layout"}),
+        ("from confu_hf import compat", {"compat"}),
+        ("if TYPE_CHECKING:\n    from ..tree.layout import x", {"tree.layout"}),
         ("import torch\nfrom transformers import Cache", set()),
     ],
 )
 def test_imports_are_found_wherever_they_are(code, expected):
-    assert imports_of(ast.parse(code)) == expected
+    known = {"tree", "tree.layout", "tree.ends", "decoding", "decoding.state", "compat"}
+    assert imports_of(ast.parse(code), ["decoding"], known) == expected
 
 
-def test_every_file_has_its_place():
-    assert not MODULES - set(ALLOWED), "give the new file its place in ALLOWED"
-    assert not set(ALLOWED) - MODULES, "a file is gone: take it out of ALLOWED"
+def test_every_folder_has_its_place():
+    assert {folder(module) for module in KNOWN} <= set(MAY_IMPORT), "give the new one its place in MAY_IMPORT"
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_file_imports_only_what_it_may(module):
-    assert IMPORTS[module] <= ALLOWED[module]
+def test_imports_run_one_way():
+    assert not violations(IMPORTS)
+    assert not cycles(IMPORTS)
+    assert not cycles({name: others - {name} for name, others in MAY_IMPORT.items()})
 
 
-def test_there_is_no_cycle():
-    assert not {module for module in MODULES if module in reachable(module)}
-    assert not {module for module, others in ALLOWED.items() if any(module in ALLOWED[other] for other in others)}
+@pytest.mark.parametrize(
+    ("module", "other"),
+    [("tree.layout", "decoding.loop"), ("target.passes", "adapter.layer"), ("decoding.loop", "training.losses")],
+)
+def test_an_import_turned_round_is_seen(module, other):
+    turned = {**IMPORTS, module: IMPORTS[module] | {other}}
+    assert violations(turned) == [f"{module} imports {other}"]
 
 
-def test_training_and_decoding_do_not_know_each_other():
-    assert MODULES >= TRAINING | DECODING
-    for module in TRAINING:
-        assert not reachable(module) & DECODING, module
-    for module in DECODING:
-        assert not reachable(module) & TRAINING, module
+def test_a_cycle_within_a_folder_is_seen():
+    assert "adapter.config" in IMPORTS["adapter.files"]
+    turned = {**IMPORTS, "adapter.config": IMPORTS["adapter.config"] | {"adapter.files"}}
+    assert {"adapter.config", "adapter.files"} <= cycles(turned)
 
 
 def test_the_package_does_not_load_training_on_import():
-    """Decoding needs no `datasets`."""
-    public = imports_of(parse(PACKAGE / "__init__.py"))
-    assert public and not set().union(public, *(reachable(module) for module in public)) & TRAINING
+    """Decoding needs no `datasets`: nothing but training itself imports training."""
+    assert not [name for name, others in MAY_IMPORT.items() if "training" in others]
 
 
 def names_in(tree: ast.AST) -> set[str]:
@@ -195,11 +171,15 @@ def names_in(tree: ast.AST) -> set[str]:
 def test_private_names_of_generate_are_in_one_file():
     private = {name for name in vars(GenerationMixin) if name.startswith("_") and not name.startswith("__")}
     assert "_assisted_decoding" in private
-    users = {file.stem for file in FILES if names_in(parse(file)) & private}
+    users = {module_name(file) for file in FILES if names_in(parse(file)) & private}
     assert users == {"compat"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_files_say_what_they_do_and_stay_short(file):
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_files_and_functions_say_what_they_do_and_stay_short(file):
+    tree = parse(file)
     assert len(file.read_text(encoding="utf-8").splitlines()) < 400
-    assert ast.get_docstring(parse(file))
+    assert ast.get_docstring(tree)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno - node.lineno >= 60}
+    assert not long

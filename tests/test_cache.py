@@ -16,9 +16,10 @@ from tiny_models import (
 )
 from transformers import DynamicCache, StaticCache
 
-from confu_hf.cache import ContemplateContext, TreeCache
 from confu_hf.compat import cache_keyword
-from confu_hf.target import prefill
+from confu_hf.target.cache import TreeCache
+from confu_hf.target.context import ContemplateContext
+from confu_hf.target.passes import prefill
 
 LAYERS, HEADS, DIM, PROMPTS = 3, 2, 4, 5
 

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from confu_hf.data import (
+from confu_hf.training.data import (
     IGNORED,
     ConversationCollator,
     frequent_tokens,

@@ -22,8 +22,9 @@ from transformers import (
     TextStreamer,
 )
 
-from confu_hf import ConFuAssistant, generation
-from confu_hf.drafting import DraftRound
+from confu_hf import ConFuAssistant
+from confu_hf.decoding import loop
+from confu_hf.decoding.drafting import DraftRound
 
 PROMPT = torch.tensor([[5, 17, 33, 8, 61, 12, 90, 44, 23, 7, 3]])
 LENGTHS = {"max_new_tokens": 32, "pad_token_id": 0}
@@ -64,14 +65,14 @@ def oracle(monkeypatch):
                 children = children.roll(1, dims=-1)
             return children[None], log_probs[None]
 
-    grow = generation.Decoder._grow
+    grow = loop.Decoder._grow
 
     def remember_prefix(self, state):
         OracleRound.model, OracleRound.prefix = self.model, state.input_ids
         return grow(self, state)
 
-    monkeypatch.setattr(generation.Decoder, "_grow", remember_prefix)
-    monkeypatch.setattr(generation, "DraftRound", OracleRound)
+    monkeypatch.setattr(loop.Decoder, "_grow", remember_prefix)
+    monkeypatch.setattr(loop, "DraftRound", OracleRound)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -150,14 +151,14 @@ def test_a_wrong_prefix_would_be_noticed(oracle, monkeypatch):
     """Negative control: a verify pass whose tree positions are off by one changes the text."""
     model = tiny_llama()
     expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
-    layout = generation.verify_layout
+    layout = loop.verify_layout
 
     def shifted(tree, nodes, *, committed_position_ids, soft_prompt_length):
         return layout(
             tree, nodes, committed_position_ids=committed_position_ids - 1, soft_prompt_length=soft_prompt_length
         )
 
-    monkeypatch.setattr(generation, "verify_layout", shifted)
+    monkeypatch.setattr(loop, "verify_layout", shifted)
     got = model.generate(PROMPT, do_sample=False, assistant_model=make_assistant(model), **LENGTHS)
     assert got.tolist() != expected.tolist()
 
@@ -299,13 +300,13 @@ def test_left_padding(oracle):
 def test_the_future_of_the_last_accepted_node_reaches_the_draft(monkeypatch):
     """Without a contemplate token on the node itself, its nearest ancestor's future is used; in EAGLE-3 mode none."""
     seen = []
-    real = generation.DraftRound.__init__
+    real = loop.DraftRound.__init__
 
     def spy(self, *args, future, **kwargs):
         seen.append(future)
         real(self, *args, future=future, **kwargs)
 
-    monkeypatch.setattr(generation.DraftRound, "__init__", spy)
+    monkeypatch.setattr(loop.DraftRound, "__init__", spy)
     model = tiny_llama()
     assistant = make_assistant(model)
     model.generate(PROMPT, do_sample=False, assistant_model=assistant, **LENGTHS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from confu_hf.losses import chain_accepted_length, kl_reference, linear_kl
+from confu_hf.training.losses import chain_accepted_length, kl_reference, linear_kl
 
 ROWS, POSITIONS, WIDTH, VOCABULARY = 11, 5, 6, 9
 

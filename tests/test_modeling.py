@@ -10,10 +10,10 @@ from tiny_pairs import DRAFT_VOCAB_SIZE, tiny_pair
 from transformers import AutoModel
 
 from confu_hf import ConFuAssistant, ConFuConfig
-from confu_hf.cache import TreeCache
-from confu_hf.drafting import DraftRound
+from confu_hf.decoding.drafting import DraftRound
 from confu_hf.modeling_confu import ConFuDraftModel
-from confu_hf.warm_start import warm_start_from_eagle3
+from confu_hf.target.cache import TreeCache
+from confu_hf.training.warm_start import warm_start_from_eagle3
 
 EAGLE3_KEYS = {
     "fc.weight",

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from confu_hf import ConFuAssistant
-from confu_hf.adapter import ConFuAdapterConfig
+from confu_hf.adapter.config import ConFuAdapterConfig
+from confu_hf.assistant import routing
 from confu_hf.compat import cache_keyword
 
 
@@ -148,14 +149,13 @@ def test_left_padding(target, confu):
 def options_seen(monkeypatch):
     """The options that reach the loop."""
     seen = []
-    from confu_hf import generation
 
     def loop(*args, **kwargs):
         seen.append(kwargs["options"])
         return real(*args, **kwargs)
 
-    real = generation.confu_generate
-    monkeypatch.setattr(generation, "confu_generate", loop)
+    real = routing.confu_generate
+    monkeypatch.setattr(routing, "confu_generate", loop)
     return seen
 
 

@@ -18,17 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from confu_hf.cache import ContemplateContext, TreeCache
-from confu_hf.target import (
-    Verified,
-    attention_geometry,
-    check_supported,
-    contemplate_anchors,
-    prefill,
-    soft_prompt_key_values,
-    verify,
-)
-from confu_hf.tree import DraftTree, verify_layout
+from confu_hf.target.cache import TreeCache
+from confu_hf.target.context import ContemplateContext
+from confu_hf.target.geometry import attention_geometry
+from confu_hf.target.passes import Verified, contemplate_anchors, prefill, verify
+from confu_hf.target.soft_prompts import soft_prompt_key_values
+from confu_hf.target.support import check_supported
+from confu_hf.tree.draft_tree import DraftTree
+from confu_hf.tree.layout import verify_layout
 
 PROMPTS, LENGTH, PADDING = 5, 11, 3
 PARENTS = torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 6], [-1, 0, 1, 0, 2, 4, 4, 3]])

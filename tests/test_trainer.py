@@ -13,9 +13,9 @@ from tiny_pairs import conversations, tiny_pair
 from transformers import TrainingArguments
 
 from confu_hf import ConFuAssistant
-from confu_hf.data import ConversationCollator
-from confu_hf.trainer import ConFuTrainer
-from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.training.data import ConversationCollator
+from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.training.trainer import ConFuTrainer
 
 SEQUENCES = [(3, 12), (4, 14), (3, 9), (5, 16), (4, 10), (3, 15)]
 STEPS = 6  # of two sequences: two epochs

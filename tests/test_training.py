@@ -8,10 +8,10 @@ from tiny_models import tiny_llama
 from tiny_pairs import conversations, tiny_pair
 from torch.nn import functional as F
 
-from confu_hf import training
-from confu_hf.data import IGNORED, ConversationCollator
-from confu_hf.draft_rows import DraftRows, row_attention
-from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.training import module as training
+from confu_hf.training.data import IGNORED, ConversationCollator
+from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.training.rows import DraftRows, row_attention
 
 A_TO_F = [[IGNORED, IGNORED, 12, 13, 14, 15]]  # prompt `a b`, answer `c d e f`
 

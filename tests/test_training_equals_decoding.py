@@ -7,12 +7,14 @@ import torch
 from tiny_models import ARCHITECTURES, NUM_LAYERS, keep_softmax_in_float64, tiny_llama
 from tiny_pairs import conversations, tiny_pair
 
-from confu_hf.cache import TreeCache
-from confu_hf.data import ConversationCollator
-from confu_hf.drafting import DraftRound
-from confu_hf.target import prefill, soft_prompt_key_values, verify
-from confu_hf.training import ConFuForTraining, ConFuTrainingObjective
-from confu_hf.tree import DraftTree, verify_layout
+from confu_hf.decoding.drafting import DraftRound
+from confu_hf.target.cache import TreeCache
+from confu_hf.target.passes import prefill, verify
+from confu_hf.target.soft_prompts import soft_prompt_key_values
+from confu_hf.training.data import ConversationCollator
+from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.tree.draft_tree import DraftTree
+from confu_hf.tree.layout import verify_layout
 
 STEPS, PROMPT, LENGTH = 4, 5, 13
 KINDS = [

@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from confu_hf.tree import DraftTree, grow_tree, likeliest_ends, nearest_contemplated, verify_layout
+from confu_hf.tree.draft_tree import DraftTree
+from confu_hf.tree.ends import likeliest_ends, nearest_contemplated
+from confu_hf.tree.growing import grow_tree
+from confu_hf.tree.layout import verify_layout
 
 quick = settings(max_examples=60, deadline=None)
 

@@ -8,7 +8,7 @@ from tiny_models import tiny_gemma2, tiny_llama, tiny_olmo2, tiny_phi3
 from tiny_pairs import tiny_pair
 
 from confu_hf import ConFuAssistant, ConFuConfig
-from confu_hf.warm_start import warm_start_from_eagle3, warm_start_from_target
+from confu_hf.training.warm_start import warm_start_from_eagle3, warm_start_from_target
 
 
 def test_what_is_copied_from_a_llama():

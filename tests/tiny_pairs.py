@@ -7,7 +7,7 @@ from tiny_models import VOCAB_SIZE
 from transformers import PreTrainedModel
 
 from confu_hf import ConFuAssistant
-from confu_hf.data import IGNORED
+from confu_hf.training.data import IGNORED
 
 DRAFT_VOCAB_SIZE = 64
 

@@ -19,11 +19,11 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapter_weights import load_adapter_folder, save_adapter_folder
-from .optimization import MuonAdamW
-from .training import ConFuForTraining
+from ..adapter.files import load_adapter_folder, save_adapter_folder
+from ..hub.pair import ADAPTER_FOLDER
+from .module import ConFuForTraining
+from .optimizer import MuonAdamW
 
-ADAPTER_FOLDER = "adapter"
 TOKENS_SEEN = "answer_tokens_seen"
 
 

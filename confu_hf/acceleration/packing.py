@@ -7,13 +7,15 @@ When to pack is the caller's business: once before decoding, again when `is_stal
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 # Below this size the call costs more than packing saves.
 MIN_ELEMENTS = 2**17
@@ -160,3 +162,24 @@ def _forward(packed: _Packed, max_rows: int) -> Callable[[Tensor], Tensor]:
         return output.to(dtype)
 
     return forward
+
+
+PACK_LIMIT_BYTES = 2 * 2**30
+
+
+# Packed copies by model: they hold its layers, not the model itself, and go when it goes.
+_packed: weakref.WeakKeyDictionary[PreTrainedModel, PackedLinears] = weakref.WeakKeyDictionary()
+
+
+def packed_linears(
+    model: PreTrainedModel, wanted: bool | None, dtype: torch.dtype | None = None
+) -> AbstractContextManager:
+    """Within it, `model` computes with packed weights, in `dtype`; see `TreeOptions.pack_weights`."""
+    if wanted is None:
+        wanted = model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES
+    if not wanted:
+        return nullcontext()
+    packed = _packed.get(model)
+    if packed is None or packed.is_stale():
+        packed = _packed[model] = PackedLinears(model, dtype=dtype)
+    return packed.active()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .compat import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from ..compat import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class TreeLayer(CacheLayerMixin):
@@ -333,64 +333,3 @@ def _export_layer(layer: TreeLayer, target: DynamicLayer | TreeLayer) -> None:
     if not target.is_initialized:
         target.lazy_initialization(keys, values)
     target.keys, target.values = keys.clone(), values.clone()
-
-
-class _ContextLayer(CacheLayerMixin):
-    """Keys and values `(B, kv_heads, C, head_dim)` and soft prompt `(2, S, kv_heads, head_dim)` of one layer."""
-
-    is_sliding = False
-
-    def __init__(self, keys: Tensor, values: Tensor, soft_prompt: Tensor | None) -> None:
-        self.keys, self.values, self.soft_prompt = keys.detach(), values.detach(), soft_prompt
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: filled when it was made."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        parts = [[self.keys, key_states], [self.values, value_states]]
-        if self.soft_prompt is not None:
-            for part, prompt in zip(parts, self.soft_prompt, strict=True):
-                prompt = prompt.to(key_states).transpose(0, 1)  # (kv_heads, S, head_dim)
-                part.insert(0, prompt.expand(key_states.shape[0], -1, -1, -1))
-        keys, values = (torch.cat(part, dim=2) for part in parts)  # (B, kv_heads, S + C + K, head_dim)
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.keys.shape[2]
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class ContemplateContext(Cache):
-    """Training: a finished pass over `C` tokens as context of contemplate tokens, soft prompts in front with gradient.
-
-    `update()` returns `[S | C | new]` and keeps nothing, so it may be used for several passes.
-
-    Args:
-        context: DynamicCache() (without config) or TreeCache of that pass; every layer must hold all its tokens.
-        soft_prompts: `(L, 2, S, kv_heads, head_dim)` with or without gradient, or None.
-    """
-
-    def __init__(self, context: Cache, soft_prompts: Tensor | None = None) -> None:
-        num_layers = len(context.layers)
-        if soft_prompts is not None and soft_prompts.shape[0] != num_layers:
-            raise ValueError(
-                f"Got soft prompts for {soft_prompts.shape[0]} layers, expected {num_layers}. "
-                "Use an adapter made for this target (config.num_hidden_layers)."
-            )
-        layers = []
-        for i, layer in enumerate(context.layers):
-            stored = 0 if layer.keys is None else layer.keys.shape[2]
-            if stored != layer.get_seq_length():
-                raise ValueError(
-                    f"Layer {i} of the context holds {stored} of {layer.get_seq_length()} tokens (sliding window). "
-                    "Run the context pass with a DynamicCache(), without a config, or a TreeCache."
-                )
-            layers.append(_ContextLayer(layer.keys, layer.values, None if soft_prompts is None else soft_prompts[i]))
-        super().__init__(layers=layers)
-        self.soft_prompt_length = 0 if soft_prompts is None else soft_prompts.shape[2]

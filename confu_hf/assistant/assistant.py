@@ -9,8 +9,6 @@ The loop is `generation.py`'s, the checks are `validation.py`'s, the steps' priv
 from __future__ import annotations
 
 import copy
-import copyreg
-import functools
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,18 +16,23 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import compat, generation, hub, validation
-from .adapter import ConFuAdapterConfig, on_injection
-from .adapter_weights import corrupted, load_adapter_folder, save_adapter_folder
-from .attachment import Attachment, LooseAdapter, attach_adapter, base_model
-from .configuration_confu import ConFuConfig
-from .errors import refusal
-from .modeling_confu import ConFuDraftModel
-from .target import check_supported
+from .. import compat
+from ..adapter.attachment import Attachment, LooseAdapter, attach_adapter, base_model
+from ..adapter.config import ConFuAdapterConfig
+from ..adapter.files import corrupted, load_adapter_folder, save_adapter_folder
+from ..adapter.tuner import on_injection
+from ..configuration_confu import ConFuConfig
+from ..decoding.stats import GenerationStats
+from ..errors import refusal
+from ..hub.pair import ADAPTER_FOLDER, check_draft_files, find_adapter, hub_arguments
+from ..modeling_confu import ConFuDraftModel
+from ..options import ConFuGenerationConfig
+from ..target.support import check_supported
+from .checks import check_adapter, check_pair, confu_layer
+from .routing import route, unroute
 
 logger = logging.get_logger(__name__)
 
@@ -37,86 +40,7 @@ ADAPTER_FIELDS = ("num_virtual_tokens", "soft_prompt_type", "num_experts", "num_
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
 
 
-class ConFuGenerationMixin(compat.GenerateSteps):
-    """What a target's class gets in front of it."""
-
-    def is_routed(self, assistant: Any) -> bool:
-        return validation.is_confu(assistant)
-
-    def take_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The tree options, by their names as fields of `TreeOptions`."""
-        names = validation.OPTION_ARGUMENTS
-        return {field: arguments.pop(name) for field, name in names.items() if name in arguments}
-
-    def check_call(self, assistant: Any, generation_config: GenerationConfig, taken: dict[str, Any]):
-        """The generation config is complete, nothing is computed yet: everything but the prompt is checked here."""
-        if not isinstance(assistant, ConFuAssistant):
-            raise refusal(
-                "assistant_model",
-                got=f"a {type(assistant).__name__}",
-                expected="a ConFuAssistant",
-                fix="Load it with ConFuAssistant.from_pretrained.",
-            )
-        check_supported(self)
-        validation.check_pair(assistant.config, self)
-        validation.check_placement(assistant, self)
-        validation.check_strategy(generation_config)
-        options = validation.resolve_options(assistant, self, generation_config, taken)
-        if options.contemplate:
-            validation.check_adapter(assistant.config, self, assistant.adapter_name(self))
-        return options
-
-    def decode(self, assistant, checked, inputs: dict[str, Any], *, input_ids, synced_gpus, **arguments: Any):
-        """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
-        cache, inputs = compat.split_cache(inputs)
-        validation.check_inputs(input_ids, cache, inputs, synced_gpus)
-        with assistant.adapter_in_use(self):
-            output, assistant.stats = generation.confu_generate(
-                self,
-                assistant,
-                input_ids,
-                options=checked,
-                attention_mask=inputs.get("attention_mask"),
-                cache=cache,
-                **arguments,
-            )
-        return output
-
-    def __reduce_ex__(self, protocol):
-        """Pickle and copy by the target's own class: the routed one cannot be imported by its name."""
-        constructor, arguments, *rest = super().__reduce_ex__(protocol)
-        if constructor is copyreg.__newobj__:
-            constructor, arguments = _new_routed, (type(self)._target_class, *arguments[1:])
-        return (constructor, arguments, *rest)
-
-
-@functools.cache
-def _routed_class(target_class: type) -> type:
-    namespace = {
-        "__module__": target_class.__module__,
-        "__qualname__": target_class.__qualname__,
-        "__doc__": target_class.__doc__,
-        "_target_class": target_class,
-    }
-    return type(target_class.__name__, (ConFuGenerationMixin, target_class), namespace)
-
-
-def _new_routed(target_class: type, *arguments: Any) -> PreTrainedModel:
-    routed = _routed_class(target_class)
-    return routed.__new__(routed, *arguments)
-
-
-def _route(target: nn.Module) -> None:
-    if isinstance(target, GenerationMixin) and not isinstance(target, ConFuGenerationMixin):
-        target.__class__ = _routed_class(type(target))
-
-
-def _unroute(target: nn.Module) -> None:
-    if isinstance(target, ConFuGenerationMixin):
-        target.__class__ = type(target)._target_class
-
-
-on_injection(_route)
+on_injection(route)
 
 
 # Which assistants a target serves: the last to detach takes the route away.
@@ -136,18 +60,18 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
 
     def __init__(self, config: ConFuConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        self.generation_config = validation.ConFuGenerationConfig(contemplate=config.contemplate)
+        self.generation_config = ConFuGenerationConfig(contemplate=config.contemplate)
         self._attachment: Attachment | None = None
         self._adapter: LooseAdapter | None = None
-        self._stats: generation.GenerationStats | None = None
+        self._stats: GenerationStats | None = None
 
     @property
-    def stats(self) -> generation.GenerationStats | None:
+    def stats(self) -> GenerationStats | None:
         """Statistics of the last `generate` call with this assistant; None before the first."""
         return self._stats
 
     @stats.setter
-    def stats(self, stats: generation.GenerationStats) -> None:
+    def stats(self, stats: GenerationStats) -> None:
         self._stats = stats
 
     @classmethod
@@ -170,9 +94,9 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
             ValueError: files are corrupted, incomplete or not finite, or the pair was made for another target.
                 The target is untouched in either case.
         """
-        path, hub_kwargs = pretrained_model_name_or_path, hub.hub_arguments(kwargs)
+        path, hub_kwargs = pretrained_model_name_or_path, hub_arguments(kwargs)
         report = kwargs.pop("output_loading_info", False)
-        hub.check_draft_files(path, hub_kwargs.get("subfolder", ""))
+        check_draft_files(path, hub_kwargs.get("subfolder", ""))
         embedding = None
         if target is not None:
             target = base_model(target)
@@ -233,18 +157,18 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
                 fix="Call confu.detach() first, or load a second assistant.",
             )
         check_supported(target)
-        validation.check_pair(self.config, target)
+        check_pair(self.config, target)
         adapter = self._loose_adapter()
         if self.config.contemplate and adapter is not None:
             self._attachment = attach_adapter(target, adapter)
         elif self.config.contemplate:
-            validation.check_adapter(self.config, target)
-            layer = validation.confu_layer(target)
+            check_adapter(self.config, target)
+            layer = confu_layer(target)
             self._attachment = Attachment(weakref.ref(target), layer, layer.current)
         else:
             self._attachment = Attachment(weakref.ref(target))
         self._adapter = None
-        _route(target)
+        route(target)
         _assistants.setdefault(target, weakref.WeakSet()).add(self)
         return self
 
@@ -256,8 +180,8 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
             return None
         attachment.undo()
         _assistants[target].discard(self)
-        if not _assistants[target] and validation.confu_layer(target) is None:
-            _unroute(target)
+        if not _assistants[target] and confu_layer(target) is None:
+            unroute(target)
         return target
 
     @property
@@ -268,7 +192,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
     def adapter_in_use(self, target: PreTrainedModel) -> AbstractContextManager:
         """Inside, the adapter of this assistant is the active one: two pairs can share a target."""
         name = self.adapter_name(target)
-        return nullcontext() if name is None else validation.confu_layer(target).activated(name)
+        return nullcontext() if name is None else confu_layer(target).activated(name)
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""
@@ -290,7 +214,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         if adapter is not None and adapter.weights is not None:
             config = copy.deepcopy(adapter.config)
             config.inference_mode = True  # as PEFT saves: whoever loads it says whether it trains
-            save_adapter_folder(Path(save_directory) / hub.ADAPTER_FOLDER, config, adapter.weights)
+            save_adapter_folder(Path(save_directory) / ADAPTER_FOLDER, config, adapter.weights)
         elif self.config.contemplate:
             logger.warning(f"{save_directory} gets a draft without its adapter: none is loaded or attached.")
         if push_to_hub:
@@ -311,7 +235,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
 
     def _load_generation_config(self, path, hub_kwargs: dict[str, Any]) -> None:
         try:
-            self.generation_config = validation.ConFuGenerationConfig.from_pretrained(path, **hub_kwargs)
+            self.generation_config = ConFuGenerationConfig.from_pretrained(path, **hub_kwargs)
         except OSError:
             logger.info(f"{path} has no generation_config.json: default tree options.")
 
@@ -324,7 +248,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
 
 def _load_adapter(path, hub_kwargs: dict[str, Any], *, required: bool) -> LooseAdapter | None:
     try:
-        folder = hub.find_adapter(path, **hub_kwargs)
+        folder = find_adapter(path, **hub_kwargs)
     except FileNotFoundError:
         if required:
             raise

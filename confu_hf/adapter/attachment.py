@@ -16,10 +16,12 @@ from peft import PeftModel, inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import compat
-from .adapter import ConFuAdapterConfig, ConFuLayer, remove_adapter
-from .adapter_weights import CHILD_NAME
-from .errors import refusal
+from .. import compat
+from ..errors import refusal
+from .config import ConFuAdapterConfig
+from .files import CHILD_NAME
+from .layer import ConFuLayer
+from .tuner import remove_adapter
 
 
 @dataclass(frozen=True)

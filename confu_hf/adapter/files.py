@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .errors import refusal
-
-if TYPE_CHECKING:
-    from .adapter import ConFuAdapterConfig
+from ..errors import refusal
+from .config import ConFuAdapterConfig
 
 CHILD_NAME = "confu"
 WEIGHT_NAMES = ("confu_prompts", "confu_experts", "confu_router")

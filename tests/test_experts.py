@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from confu_hf.contemplate import ExpertMixture, mix_experts
+from confu_hf.experts import ExpertMixture, mix_experts
 
 
 def mixture_by_hand(states, router, experts, top_k):

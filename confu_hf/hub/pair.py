@@ -18,8 +18,8 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .adapter_weights import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from .compat import cached_file
+from ..adapter.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from ..compat import cached_file
 
 ADAPTER_FOLDER = "adapter"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")

@@ -33,13 +33,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache import ContemplateContext
-from .compat import cache_keyword
-from .draft_rows import DraftRows, gather_rows, row_attention, select_rows
-from .feature_store import FeatureStore
+from ..compat import cache_keyword
+from ..modeling_confu import ConFuDraftModel
+from ..target.context import ContemplateContext
+from ..target.passes import contemplate_anchors
+from ..target.soft_prompts import soft_prompt_key_values
 from .losses import chain_accepted_length, linear_kl
-from .modeling_confu import ConFuDraftModel
-from .target import contemplate_anchors, soft_prompt_key_values
+from .rows import DraftRows, gather_rows, row_attention, select_rows
+from .store import FeatureStore
 
 # Config fields of targets that change logits behind the head.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling_confu import ConFuDraftModel
+from ..modeling_confu import ConFuDraftModel
 
 # In the draft's layer and in the target's, by name below the layer.
 _SAME = ("self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")

@@ -8,10 +8,10 @@ from tiny_models import tiny_gemma2, tiny_llama
 from tiny_pairs import conversations, tiny_pair
 
 from confu_hf.compat import OUTPUT_CACHE
-from confu_hf.data import ConversationCollator
-from confu_hf.feature_store import FeatureStore
-from confu_hf.target import attention_geometry
-from confu_hf.training import ConFuForTraining
+from confu_hf.target.geometry import attention_geometry
+from confu_hf.training.data import ConversationCollator
+from confu_hf.training.module import ConFuForTraining
+from confu_hf.training.store import FeatureStore
 
 LENGTHS = [(4, 16), (3, 12), (6, 14)]
 WIDTH = 32

@@ -22,8 +22,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from confu_hf.tree import DraftTree
-from confu_hf.verification import Sampler, accept, accept_greedy, accept_stepwise
+from confu_hf.decoding.acceptance import Sampler, accept, accept_greedy, accept_stepwise
+from confu_hf.tree.draft_tree import DraftTree
 
 VOCAB = 5
 PROMPT = [3, 1, 4]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .tree import DraftTree
+from ..tree.draft_tree import DraftTree
 
 
 @dataclass(frozen=True)

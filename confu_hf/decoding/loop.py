@@ -11,93 +11,27 @@ How `generate()` gets here, and what it refuses before, is `assisted.py`'s.
 
 from __future__ import annotations
 
-import weakref
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from .cache import TreeCache
-from .compat import decoder_only_output
+from ..acceleration.packing import multiplies_bfloat16, packed_linears
+from ..compat import decoder_only_output
+from ..modeling_confu import ConFuDraftModel
+from ..options import TreeOptions
+from ..target.cache import TreeCache
+from ..target.passes import prefill, verify
+from ..target.soft_prompts import soft_prompt_key_values
+from ..tree.draft_tree import DraftTree
+from ..tree.ends import likeliest_ends, nearest_contemplated
+from ..tree.growing import grow_tree
+from ..tree.layout import verify_layout
+from .acceptance import Acceptance, accept
 from .drafting import DraftRound
-from .modeling_confu import ConFuDraftModel
-from .packing import PackedLinears, multiplies_bfloat16
+from .state import DecodingState
 from .stats import GenerationStats, Tally
-from .target import prefill, soft_prompt_key_values, verify
-from .tree import DraftTree, grow_tree, likeliest_ends, nearest_contemplated, verify_layout
-from .verification import Acceptance, accept
-
-PACK_LIMIT_BYTES = 2 * 2**30
-
-
-@dataclass(frozen=True)
-class TreeOptions:
-    """What a round may spend. Lives on the assistant's `generation_config`; each can be an argument of `generate`.
-
-    Args:
-        total_tokens: drafted tokens verified per round (`T`); the root comes on top. 0 = plain decoding.
-        depth: the most tokens drafted in a row; the draft runs this many times a round.
-        top_k: nodes expanded per draft step, and children considered for each.
-        confidence_threshold: drafted tokens to which the draft gives a smaller joint probability (from the root down)
-            are not verified, and drafting stops when none is left. 0 = always the whole tree.
-        contemplate_tokens: contemplate tokens per round (`M`), on the nodes most likely to be the last accepted; None
-            = one for every node.
-        contemplate: False switches contemplation off (EAGLE-3 mode).
-        pack_weights: on CPU, decode with a copy of the linear layers packed for small batches of rows, the draft's in
-            bfloat16 if the CPU multiplies that; None = if that copy stays below 2 GiB.
-    """
-
-    total_tokens: int = 30
-    depth: int = 5
-    top_k: int = 8
-    confidence_threshold: float = 0.0
-    contemplate_tokens: int | None = None
-    contemplate: bool = True
-    pack_weights: bool | None = None
-
-
-@dataclass(frozen=True)
-class DecodingState:
-    """Where a generation stands between two rounds. `R` rows wait for the draft: those of the last accepted path, the
-    start row last.
-
-    Attributes:
-        input_ids: `(B, n)` long, everything decided; the last token is the root.
-        committed_position_ids: `(B, C)` long, position of each committed slot of the target's cache, -1 = padding.
-        row_tokens: `(B, R)` long, `x_{i+1}` of the waiting rows; the last is the root.
-        row_features: `(B, R, 3 d)`, `F_i` of the waiting rows.
-        row_position_ids: `(B, R)` long.
-        future: `(B, 3 d)`, `f_v`; None in the first round and in EAGLE-3 mode.
-    """
-
-    input_ids: Tensor
-    committed_position_ids: Tensor
-    row_tokens: Tensor
-    row_features: Tensor
-    row_position_ids: Tensor
-    future: Tensor | None = None
-
-    def advance(self, acceptance: Acceptance, features: Tensor, future: Tensor | None) -> DecodingState:
-        """The state after a round whose accepted nodes have `features` `(B, P, 3 d)`.
-
-        Example: root x_5, accepted path x_5 x_6, bonus x_7. Slots 5 and 6 are committed; rows 5 (reads x_6) and 6
-            (reads x_7) wait; x_7 is the next root.
-        """
-        path_length = acceptance.path.shape[1]
-        steps = torch.arange(1, path_length + 1, device=self.row_position_ids.device)
-        positions = self.row_position_ids[:, -1:] + steps  # (B, P)
-        return DecodingState(
-            input_ids=torch.cat([self.input_ids, acceptance.tokens], dim=1),
-            committed_position_ids=torch.cat([self.committed_position_ids, positions], dim=1),
-            row_tokens=acceptance.tokens,
-            row_features=features,
-            row_position_ids=positions,
-            future=future,
-        )
 
 
 class Decoder:
@@ -258,24 +192,6 @@ def root_only(tokens: Tensor) -> DraftTree:
     return DraftTree(
         root, torch.full_like(root, -1), torch.zeros_like(root), torch.zeros_like(root, dtype=torch.float)
     )
-
-
-# Packed copies by model: they hold its layers, not the model itself, and go when it goes.
-_packed: weakref.WeakKeyDictionary[PreTrainedModel, PackedLinears] = weakref.WeakKeyDictionary()
-
-
-def packed_linears(
-    model: PreTrainedModel, wanted: bool | None, dtype: torch.dtype | None = None
-) -> AbstractContextManager:
-    """Within it, `model` computes with packed weights, in `dtype`; see `TreeOptions.pack_weights`."""
-    if wanted is None:
-        wanted = model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES
-    if not wanted:
-        return nullcontext()
-    packed = _packed.get(model)
-    if packed is None or packed.is_stale():
-        packed = _packed[model] = PackedLinears(model, dtype=dtype)
-    return packed.active()
 
 
 @torch.no_grad()

@@ -7,50 +7,21 @@ model, so the target is usable after every refusal.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 
-from .adapter import ConFuLayer
-from .adapter_weights import CHILD_NAME, check_adapter_weights
-from .configuration_confu import ConFuConfig
-from .errors import refusal
-from .generation import TreeOptions
-
-# The sampling option `top_k` of `generate` keeps its meaning, so the tree's goes by another name there.
-OPTION_ARGUMENTS = {field.name: field.name for field in fields(TreeOptions)} | {"top_k": "draft_top_k"}
+from ..adapter.files import CHILD_NAME, check_adapter_weights
+from ..adapter.layer import ConFuLayer
+from ..configuration_confu import ConFuConfig
+from ..errors import refusal
+from ..options import TreeOptions, check_options
 
 # Inputs of a target that the loop hands on, or derives. Any other would be lost, and the text would change.
 LOOP_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
-
-
-class ConFuGenerationConfig(GenerationConfig):
-    """Generation config of an assistant: the tree options, saved in `generation_config.json`.
-
-    Args:
-        total_tokens: drafted nodes of a tree.
-        depth: depth of the deepest drafted node.
-        top_k: how many nodes are expanded per layer, and children per node. Not the sampling option: an assistant does
-            not sample. As an argument of `generate`, where that name is taken, it is `draft_top_k`.
-        confidence_threshold: drafted nodes of a smaller joint probability are not verified.
-        contemplate_tokens: contemplate tokens of a verify pass; None = one for every node and the root.
-        contemplate: False = EAGLE-3 mode.
-        pack_weights: on CPU, decode with packed copies of the linear layers; None = if they are small.
-        **kwargs: of `GenerationConfig`.
-    """
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**{**asdict(TreeOptions()), **kwargs})
-
-    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        width, self.top_k = self.top_k, None  # not a sampling option without `do_sample=True`, as it would look
-        try:
-            super().validate(strict=strict, user_set_attributes=user_set_attributes)
-        finally:
-            self.top_k = width
 
 
 def is_confu(assistant: Any) -> bool:
@@ -228,37 +199,3 @@ def _contemplates(assistant: PreTrainedModel, target: PreTrainedModel, wanted: b
     if wanted and layer is not None and layer.disable_adapters and not arguments.get("contemplate"):
         return False
     return wanted
-
-
-def check_options(options: TreeOptions, config: ConFuConfig) -> None:
-    """Raise a `ValueError` unless the options describe a tree."""
-    limits = {
-        "total_tokens": (0, None),
-        "depth": (1, None),
-        "top_k": (1, config.draft_vocab_size),
-        "contemplate_tokens": (1, None),  # more than there are nodes is one for every node
-    }
-    for name, (least, most) in limits.items():
-        value = getattr(options, name)
-        if name == "contemplate_tokens" and value is None:
-            continue
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        if not is_int or value < least or (most is not None and value > most):
-            raise _misfit(
-                options, name, f"an integer of at least {least}{'' if most is None else f', at most {most}'}"
-            )
-    threshold = options.confidence_threshold
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
-        raise _misfit(options, "confidence_threshold", "a number of at least 0, below 1")
-    for name, allowed in {"contemplate": (True, False), "pack_weights": (True, False, None)}.items():
-        if not any(getattr(options, name) is value for value in allowed):
-            raise _misfit(options, name, f"one of {allowed}")
-
-
-def _misfit(options: TreeOptions, name: str, expected: str) -> ValueError:
-    return refusal(
-        "Tree options",
-        got=f"{name}={getattr(options, name)!r}",
-        expected=expected,
-        fix=f"Set `confu.generation_config.{name}`, or pass `{OPTION_ARGUMENTS[name]}` to generate.",
-    )

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cache import TreeCache
-from .modeling_confu import ConFuDraftModel
+from ..modeling_confu import ConFuDraftModel
+from ..target.cache import TreeCache
 
 
 class DraftRound:

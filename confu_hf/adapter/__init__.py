@@ -1,0 +1,1 @@
+"""The PEFT method: what ConFu keeps on a target."""

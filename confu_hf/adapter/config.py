@@ -1,0 +1,126 @@
+"""`ConFuAdapterConfig`: what an adapter looks like and which target it fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from peft import PeftConfig
+from transformers import PreTrainedConfig
+
+from ..configuration_confu import ConFuConfig
+from ..errors import refusal
+
+
+class ConFuPeftType(str, Enum):  # noqa: UP042 - StrEnum needs Python 3.11
+    """PEFT's own enum is closed; its mappings are keyed by string hash, so an enum of our own serves without it."""
+
+    CONFU = "CONFU"
+
+
+@dataclass
+class ConFuAdapterConfig(PeftConfig):
+    """Configuration of the ConFu adapter.
+
+    The geometry (`target_*`, `num_key_value_heads`, `head_dim`) may be left out: injection takes it from the target.
+    Where it is given, as in every saved adapter, it must fit the target.
+    """
+
+    num_virtual_tokens: int = field(default=16, metadata={"help": "Length S of the soft prompt."})
+    soft_prompt_type: str = field(
+        default="kv",
+        metadata={"help": "'kv' learns keys and values per layer, 'embedding' runs S vectors through the target."},
+    )
+    num_experts: int = field(default=8, metadata={"help": "Embeddings that a contemplate token is mixed from."})
+    num_experts_per_token: int = field(default=2, metadata={"help": "How many of them the router keeps."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
+    target_hidden_size: int | None = field(default=None, metadata={"help": "d of the target."})
+    target_num_hidden_layers: int | None = field(default=None, metadata={"help": "L of the target."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Of the target's attention."})
+    head_dim: int | None = field(default=None, metadata={"help": "Of the target's attention."})
+    target_layer_ids: list[int] | None = field(
+        default=None, metadata={"help": "The three layers whose entering hidden states are the features."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = ConFuPeftType.CONFU
+        self.task_type = self.task_type or "CAUSAL_LM"
+        if self.soft_prompt_type not in ("kv", "embedding"):
+            self._refuse("soft_prompt_type", "'kv' or 'embedding'")
+        for name in ("num_virtual_tokens", "num_experts", "num_experts_per_token"):
+            if not _is_positive_int(getattr(self, name)):
+                self._refuse(name, "an integer of at least 1")
+        if self.num_experts_per_token > self.num_experts:
+            self._refuse("num_experts_per_token", f"at most num_experts={self.num_experts}")
+        for name in ("target_hidden_size", "target_num_hidden_layers", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None and not _is_positive_int(getattr(self, name)):
+                self._refuse(name, "an integer of at least 1, or None to take the target's")
+        if self.target_layer_ids is not None:
+            self.target_layer_ids = list(self.target_layer_ids)
+            ids, layers = self.target_layer_ids, self.target_num_hidden_layers
+            if len(ids) != 3 or sorted(set(ids)) != ids or ids[0] < 0 or (layers is not None and ids[-1] >= layers):
+                self._refuse(
+                    "target_layer_ids", f"three increasing layer indices below {layers or 'the number of layers'}"
+                )
+
+    def _refuse(self, name: str, expected: str) -> None:
+        raise refusal(
+            "ConFuAdapterConfig", got=f"{name}={getattr(self, name)!r}", expected=expected, fix=f"Correct `{name}`."
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight; needs the geometry."""
+        width, kv = self.target_hidden_size, self.soft_prompt_type == "kv"
+        per_layer = (
+            self.target_num_hidden_layers,
+            2,
+            self.num_virtual_tokens,
+            self.num_key_value_heads,
+            self.head_dim,
+        )
+        return {
+            "confu_prompts": per_layer if kv else (self.num_virtual_tokens, width),
+            "confu_experts": (self.num_experts, width),
+            "confu_router": (self.num_experts, 3 * width),
+        }
+
+    def fit(self, target_config: PreTrainedConfig) -> None:
+        """Fill in the geometry that is missing; raise a `ValueError` where what is given is another target's."""
+        geometry = target_geometry(target_config)
+        for name, expected in geometry.items():
+            if getattr(self, name) not in (None, expected):
+                raise refusal(
+                    "The ConFu adapter was made for another target",
+                    got=f"{name}={getattr(self, name)}",
+                    expected=f"{expected} (of this {target_config.model_type} model)",
+                    fix="Load the adapter trained for this target, or train one: `ConFuAssistant.from_target(model)`.",
+                )
+        for name, expected in geometry.items():
+            setattr(self, name, expected)
+        if self.target_layer_ids is None:
+            self.target_layer_ids = list(ConFuConfig.from_target_config(target_config).target_layer_ids)
+        self.__post_init__()
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def target_geometry(target_config: PreTrainedConfig) -> dict[str, int]:
+    """What an adapter's shapes depend on, read from a target's config."""
+    text = target_config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None or getattr(text, "num_hidden_layers", None) is None:
+        raise refusal(
+            "A ConFu adapter needs an attention-based target",
+            got=f"a {text.model_type} config without num_attention_heads or num_hidden_layers",
+            expected="a decoder-only Transformer",
+            fix="Use another target.",
+        )
+    return {
+        "target_hidden_size": text.hidden_size,
+        "target_num_hidden_layers": text.num_hidden_layers,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+    }

@@ -1,0 +1,139 @@
+"""`ConFuLayer`: the weights of the adapters of a target, by name. Passive: no module of the target calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..compat import BaseTunerLayer
+from ..errors import refusal
+from ..experts import mix_experts
+from .config import ConFuAdapterConfig
+from .files import WEIGHT_NAMES
+
+
+class ConFuWeight(nn.Module):
+    """One weight of one adapter: PEFT wants `.weight` below the adapter's name, and offloading hooks want a call."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class ConFuLayer(nn.Module, BaseTunerLayer):
+    """The adapters of a target, by name. Passive: no module of the target calls it."""
+
+    adapter_layer_names = WEIGHT_NAMES
+    other_param_names = ("configs",)
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.confu_prompts = nn.ModuleDict()
+        self.confu_experts = nn.ModuleDict()
+        self.confu_router = nn.ModuleDict()
+        self.configs: dict[str, ConFuAdapterConfig] = {}
+        self.merged_adapters = []
+        self._active_adapter = []
+        # Empty; it follows `target.to(...)` and so says where weights that arrive later belong.
+        self.register_buffer("placement", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """PEFT's own `weight` is that of the wrapped layer; here nothing is wrapped."""
+        raise AttributeError("ConFuLayer wraps no layer")
+
+    bias = weight
+
+    def update_layer(self, adapter_name: str, config: ConFuAdapterConfig, *, low_cpu_mem_usage: bool = False) -> None:
+        """Add the weights of an adapter: random, or NaN if `config.inference_mode` says that they will be loaded."""
+        device = torch.device("meta") if low_cpu_mem_usage else self.placement.device
+        for name, shape in config.shapes().items():
+            module = ConFuWeight(shape, device, self.placement.dtype)
+            getattr(self, name)[adapter_name] = module
+            if config.inference_mode:
+                nn.init.constant_(module.weight, float("nan"))  # a weight that a file forgets is seen, not made up
+            else:
+                nn.init.normal_(module.weight, std=config.initializer_range)
+        self.configs[adapter_name] = config
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters. Names of other methods (a LoRA's) keep ours active: ConFu changes no output of theirs."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        own = [name for name in names if name in self.configs]
+        kept = [name for name in self.active_adapters if name in self.configs]
+        super().set_adapter(own or kept, inference_mode=inference_mode or not own)
+
+    @contextmanager
+    def activated(self, adapter_name: str) -> Iterator[None]:
+        """Inside, `adapter_name` is the active adapter; gradients stay as they are."""
+        previous, self._active_adapter = self._active_adapter, [adapter_name]
+        try:
+            yield
+        finally:
+            self._active_adapter = previous
+
+    @property
+    def current(self) -> str | None:
+        """Name of the adapter in use; None if there is none, or if adapters are disabled."""
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
+        return names[0] if names else None
+
+    @property
+    def config(self) -> ConFuAdapterConfig:
+        """Configuration of the active adapter."""
+        return self.configs[self._current()]
+
+    @property
+    def soft_prompt_type(self) -> str:
+        return self.config.soft_prompt_type
+
+    @property
+    def soft_prompt_length(self) -> int:
+        return self.config.num_virtual_tokens
+
+    def prompt_weight(self) -> torch.Tensor:
+        """Soft prompts in the adapter's dtype: `(L, 2, S, kv_heads, head_dim)` for "kv", `(S, d)` for "embedding"."""
+        return self.confu_prompts[self._current()]()
+
+    def contemplate_embedding(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `(..., 3 d)` -> input embedding of the contemplate token `(..., d)`, in the dtype of `features`."""
+        return self(features)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        name = self._current()
+        top_k = self.configs[name].num_experts_per_token
+        mixed = mix_experts(features, self.confu_router[name](), self.confu_experts[name](), top_k)
+        return mixed.to(features.dtype)
+
+    def adapter_weights(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The three weights of an adapter, by short name, detached."""
+        return {name: getattr(self, name)[adapter_name].weight.detach() for name in WEIGHT_NAMES}
+
+    @torch.no_grad()
+    def set_adapter_weights(self, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copy checked weights (see [`check_adapter_weights`]) into an adapter."""
+        for name in WEIGHT_NAMES:
+            getattr(self, name)[adapter_name].weight.copy_(weights[name])
+
+    def _current(self) -> str:
+        if self.current is None:
+            state = "disabled adapters" if self.disable_adapters else f"no active adapter among {list(self.configs)}"
+            raise refusal(
+                "ConFu",
+                got=state,
+                expected="an active ConFu adapter",
+                fix="Call `enable_adapters()` or `set_adapter(name)`.",
+            )
+        return self.current
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for name in WEIGHT_NAMES:
+            weights = getattr(self, name)
+            if adapter_name in weights and not weights[adapter_name].weight.is_meta:
+                weights[adapter_name].to(device or self.placement.device, dtype=self.placement.dtype)

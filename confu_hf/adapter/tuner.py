@@ -1,0 +1,139 @@
+"""ConFu as a PEFT method: weights of the contemplate tokens, kept on the target as an adapter its forward never runs.
+
+Importing this module registers the method (`peft_type="CONFU"`), so that `get_peft_model`, `PeftModel.from_pretrained`
+and `target.load_adapter` know it. Injection adds ONE passive child, `target.confu`, and replaces no layer: the target
+computes, bit for bit, what it computed before. Who reads the child is left to others: `target.py` runs its soft
+prompts, `generation.py` embeds contemplate tokens with it, `assisted.py` asks (through [`on_injection`]) to be told of
+every target that gets one. Files are `adapter_weights.py`'s.
+
+    target
+      model ...                             untouched, frozen
+      confu                                 ConFuLayer
+        confu_prompts.<adapter>.weight      (L, 2, S, kv_heads, head_dim) for "kv", (S, d) for "embedding"
+        confu_experts.<adapter>.weight      (E, d)
+        confu_router.<adapter>.weight       (E, 3 d)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..compat import BaseTuner, BaseTunerLayer
+from .config import ConFuAdapterConfig, ConFuPeftType
+from .files import CHILD_NAME, check_adapter_weights, short_name, state_dict_keys
+from .layer import ConFuLayer
+
+_injection_callbacks: list[Callable[[nn.Module], None]] = []
+
+
+def on_injection(callback: Callable[[nn.Module], None]) -> None:
+    """Have `callback(target)` called after every injection of a ConFu adapter, whichever way it came."""
+    if callback not in _injection_callbacks:
+        _injection_callbacks.append(callback)
+
+
+class ConFuTuner(BaseTuner):
+    """PEFT's view of the method: injects [`ConFuLayer`], holds no weights itself."""
+
+    prefix = "confu_"
+    tuner_layer_cls = ConFuLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add `model.confu` and freeze the target, as every PEFT method does. On a misfit it stays as it was."""
+        config = self.peft_config[adapter_name]
+        try:
+            config.fit(model.config)
+        except ValueError:
+            self.peft_config.pop(adapter_name)
+            compat.forget_adapters(model)
+            raise
+        alone = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        self._create_and_replace(
+            config, adapter_name, None, CHILD_NAME, model, CHILD_NAME, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if alone:  # next to another adapter, what that one trains keeps its gradients
+            self._mark_only_adapters_as_trainable(model)
+        for callback in _injection_callbacks:
+            callback(model)
+
+    def _create_and_replace(
+        self,
+        peft_config,
+        adapter_name,
+        target,
+        target_name,
+        parent,
+        current_key,
+        parameter_name=None,
+        low_cpu_mem_usage=False,
+    ) -> None:
+        layer = getattr(parent, target_name, None)
+        if layer is None:
+            embedding = parent.get_input_embeddings().weight
+            dtype = embedding.dtype if embedding.is_floating_point() else torch.get_default_dtype()
+            layer = ConFuLayer(embedding.device, dtype)
+            parent.add_module(target_name, layer)
+        layer.update_layer(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
+        # `target.save_pretrained` goes on writing the target's weights only.
+        compat.ignore_on_save(parent, state_dict_keys(adapter_name))
+        if "" not in getattr(parent, "hf_device_map", {"": None}):
+            parent.hf_device_map[target_name] = layer.placement.device
+
+    def unload(self) -> nn.Module:
+        """The target without the adapter."""
+        layer = getattr(self.model, CHILD_NAME, None)
+        for name in list(layer.configs) if layer is not None else []:
+            remove_adapter(self.model, name)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def merge_and_unload(self, *args, **kwargs) -> nn.Module:
+        raise NotImplementedError(
+            "A ConFu adapter cannot be merged: only contemplate tokens read it, it changes no weight. Use `unload()`."
+        )
+
+    merge_adapter = merge_and_unload
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        short = {short_name(key): value for key, value in state_dict.items()}
+        check_adapter_weights(config, short, source="the loaded adapter")
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def remove_adapter(target: nn.Module, adapter_name: str) -> None:
+    """Take an adapter off a target, and `target.confu` with the last of them."""
+    layer: ConFuLayer = getattr(target, CHILD_NAME)
+    layer.set_adapter([name for name in layer.configs if name != adapter_name][:1])
+    layer.delete_adapter(adapter_name)
+    compat.no_longer_ignore_on_save(target, state_dict_keys(adapter_name))
+    getattr(target, "peft_config", {}).pop(adapter_name, None)
+    if not layer.configs:
+        delattr(target, CHILD_NAME)
+        getattr(target, "hf_device_map", {}).pop(CHILD_NAME, None)
+
+
+def _register() -> None:
+    known = compat.PEFT_TYPE_TO_CONFIG_MAPPING.get(ConFuPeftType.CONFU)
+    if known is not None and known.__module__ != __name__:
+        raise KeyError(f"PEFT already knows a method named CONFU, of {known.__module__}.")
+    compat.PEFT_TYPE_TO_CONFIG_MAPPING[ConFuPeftType.CONFU] = ConFuAdapterConfig
+    compat.PEFT_TYPE_TO_TUNER_MAPPING[ConFuPeftType.CONFU] = ConFuTuner
+    compat.PEFT_TYPE_TO_PREFIX_MAPPING[ConFuPeftType.CONFU] = ConFuTuner.prefix
+
+
+_register()

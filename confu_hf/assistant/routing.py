@@ -1,0 +1,102 @@
+"""The route of `generate(assistant_model=confu)` into ConFu's decoding loop.
+
+A target with an adapter, or with an assistant attached, gets a subclass of its class (same name, module and qualified
+name) that changes three steps of `generate`; one path then serves `model.generate`, `PeftModel.generate` and
+`pipeline`. Other assistants pass through unchanged.
+The loop is `decoding/loop.py`'s, the checks are `checks.py`'s, the steps' private names `compat.py`'s.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from .. import compat
+from ..decoding.loop import confu_generate
+from ..errors import refusal
+from ..options import OPTION_ARGUMENTS
+from ..target.support import check_supported
+from .checks import check_adapter, check_inputs, check_pair, check_placement, check_strategy, is_confu, resolve_options
+
+
+class ConFuGenerationMixin(compat.GenerateSteps):
+    """What a target's class gets in front of it."""
+
+    def is_routed(self, assistant: Any) -> bool:
+        return is_confu(assistant)
+
+    def take_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The tree options, by their names as fields of `TreeOptions`."""
+        names = OPTION_ARGUMENTS
+        return {field: arguments.pop(name) for field, name in names.items() if name in arguments}
+
+    def check_call(self, assistant: Any, generation_config: GenerationConfig, taken: dict[str, Any]):
+        """The generation config is complete, nothing is computed yet: everything but the prompt is checked here."""
+        if not isinstance(assistant, compat.OnlyRouted):
+            raise refusal(
+                "assistant_model",
+                got=f"a {type(assistant).__name__}",
+                expected="a ConFuAssistant",
+                fix="Load it with ConFuAssistant.from_pretrained.",
+            )
+        check_supported(self)
+        check_pair(assistant.config, self)
+        check_placement(assistant, self)
+        check_strategy(generation_config)
+        options = resolve_options(assistant, self, generation_config, taken)
+        if options.contemplate:
+            check_adapter(assistant.config, self, assistant.adapter_name(self))
+        return options
+
+    def decode(self, assistant, checked, inputs: dict[str, Any], *, input_ids, synced_gpus, **arguments: Any):
+        """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
+        cache, inputs = compat.split_cache(inputs)
+        check_inputs(input_ids, cache, inputs, synced_gpus)
+        with assistant.adapter_in_use(self):
+            output, assistant.stats = confu_generate(
+                self,
+                assistant,
+                input_ids,
+                options=checked,
+                attention_mask=inputs.get("attention_mask"),
+                cache=cache,
+                **arguments,
+            )
+        return output
+
+    def __reduce_ex__(self, protocol):
+        """Pickle and copy by the target's own class: the routed one cannot be imported by its name."""
+        constructor, arguments, *rest = super().__reduce_ex__(protocol)
+        if constructor is copyreg.__newobj__:
+            constructor, arguments = _new_routed, (type(self)._target_class, *arguments[1:])
+        return (constructor, arguments, *rest)
+
+
+@functools.cache
+def _routed_class(target_class: type) -> type:
+    namespace = {
+        "__module__": target_class.__module__,
+        "__qualname__": target_class.__qualname__,
+        "__doc__": target_class.__doc__,
+        "_target_class": target_class,
+    }
+    return type(target_class.__name__, (ConFuGenerationMixin, target_class), namespace)
+
+
+def _new_routed(target_class: type, *arguments: Any) -> PreTrainedModel:
+    routed = _routed_class(target_class)
+    return routed.__new__(routed, *arguments)
+
+
+def route(target: nn.Module) -> None:
+    if isinstance(target, GenerationMixin) and not isinstance(target, ConFuGenerationMixin):
+        target.__class__ = _routed_class(type(target))
+
+
+def unroute(target: nn.Module) -> None:
+    if isinstance(target, ConFuGenerationMixin):
+        target.__class__ = type(target)._target_class

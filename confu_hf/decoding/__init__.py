@@ -1,0 +1,1 @@
+"""One call of `generate`: draft, verify, accept, keep, draft on."""

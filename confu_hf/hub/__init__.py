@@ -1,0 +1,1 @@
+"""The layout of a pair on disk and on the Hub."""

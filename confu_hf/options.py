@@ -1,0 +1,101 @@
+"""What a user may set for the draft tree; each option is said once, here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .configuration_confu import ConFuConfig
+from .errors import refusal
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """What a round may spend. Lives on the assistant's `generation_config`; each can be an argument of `generate`.
+
+    Args:
+        total_tokens: drafted tokens verified per round (`T`); the root comes on top. 0 = plain decoding.
+        depth: the most tokens drafted in a row; the draft runs this many times a round.
+        top_k: nodes expanded per draft step, and children considered for each.
+        confidence_threshold: drafted tokens to which the draft gives a smaller joint probability (from the root down)
+            are not verified, and drafting stops when none is left. 0 = always the whole tree.
+        contemplate_tokens: contemplate tokens per round (`M`), on the nodes most likely to be the last accepted; None
+            = one for every node.
+        contemplate: False switches contemplation off (EAGLE-3 mode).
+        pack_weights: on CPU, decode with a copy of the linear layers packed for small batches of rows, the draft's in
+            bfloat16 if the CPU multiplies that; None = if that copy stays below 2 GiB.
+    """
+
+    total_tokens: int = 30
+    depth: int = 5
+    top_k: int = 8
+    confidence_threshold: float = 0.0
+    contemplate_tokens: int | None = None
+    contemplate: bool = True
+    pack_weights: bool | None = None
+
+
+# The sampling option `top_k` of `generate` keeps its meaning, so the tree's goes by another name there.
+OPTION_ARGUMENTS = {field.name: field.name for field in fields(TreeOptions)} | {"top_k": "draft_top_k"}
+
+
+class ConFuGenerationConfig(GenerationConfig):
+    """Generation config of an assistant: the tree options, saved in `generation_config.json`.
+
+    Args:
+        total_tokens: drafted nodes of a tree.
+        depth: depth of the deepest drafted node.
+        top_k: how many nodes are expanded per layer, and children per node. Not the sampling option: an assistant does
+            not sample. As an argument of `generate`, where that name is taken, it is `draft_top_k`.
+        confidence_threshold: drafted nodes of a smaller joint probability are not verified.
+        contemplate_tokens: contemplate tokens of a verify pass; None = one for every node and the root.
+        contemplate: False = EAGLE-3 mode.
+        pack_weights: on CPU, decode with packed copies of the linear layers; None = if they are small.
+        **kwargs: of `GenerationConfig`.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{**asdict(TreeOptions()), **kwargs})
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        width, self.top_k = self.top_k, None  # not a sampling option without `do_sample=True`, as it would look
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            self.top_k = width
+
+
+def check_options(options: TreeOptions, config: ConFuConfig) -> None:
+    """Raise a `ValueError` unless the options describe a tree."""
+    limits = {
+        "total_tokens": (0, None),
+        "depth": (1, None),
+        "top_k": (1, config.draft_vocab_size),
+        "contemplate_tokens": (1, None),  # more than there are nodes is one for every node
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if name == "contemplate_tokens" and value is None:
+            continue
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if not is_int or value < least or (most is not None and value > most):
+            raise _misfit(
+                options, name, f"an integer of at least {least}{'' if most is None else f', at most {most}'}"
+            )
+    threshold = options.confidence_threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+        raise _misfit(options, "confidence_threshold", "a number of at least 0, below 1")
+    for name, allowed in {"contemplate": (True, False), "pack_weights": (True, False, None)}.items():
+        if not any(getattr(options, name) is value for value in allowed):
+            raise _misfit(options, name, f"one of {allowed}")
+
+
+def _misfit(options: TreeOptions, name: str, expected: str) -> ValueError:
+    return refusal(
+        "Tree options",
+        got=f"{name}={getattr(options, name)!r}",
+        expected=expected,
+        fix=f"Set `confu.generation_config.{name}`, or pass `{OPTION_ARGUMENTS[name]}` to generate.",
+    )

@@ -1,0 +1,1 @@
+"""All that knows targets: what is supported, masks, the cache, passes."""

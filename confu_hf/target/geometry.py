@@ -1,0 +1,28 @@
+"""What shapes a target has, read from its config."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+
+def attention_geometry(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Shape of a target's cache: `(num_layers, kv_heads, head_dim)`."""
+    config = config.get_text_config(decoder=True)
+    num_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return config.num_hidden_layers, kv_heads, head_dim
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """Attention type per layer; inferred, as Transformers does for its caches, where the config does not list it."""
+    listed = getattr(config, "layer_types", None)
+    if listed is not None:
+        return list(listed)
+    if getattr(config, "sliding_window", None) is not None:
+        only = "sliding_attention"
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        only = "chunked_attention"
+    else:
+        only = "full_attention"
+    return [only] * config.num_hidden_layers

@@ -1,0 +1,1 @@
+"""Beside decoding: learns a draft and its adapter from what the target says."""

@@ -1,0 +1,1 @@
+"""Pure index work on draft trees."""

@@ -1,0 +1,53 @@
+"""`DraftTree`: a batch of draft trees as index tensors, and the order in which candidates are preferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A batch of draft trees with T drafted nodes each. Node 0 is the root: the newest decided token.
+
+    Attributes:
+        tokens: (B, T+1) long, target-vocabulary ids; column 0 is the root.
+        parents: (B, T+1) long, node index of each node's parent; -1 for the root, and `parents[b, i] < i`.
+        depths: (B, T+1) long, distance from the root.
+        log_probs: (B, T+1) float, joint log-probability of the path from the root under the draft; root 0.0.
+
+    Raises:
+        ValueError: if the four shapes differ.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    log_probs: Tensor
+
+    def __post_init__(self):
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("tokens", "parents", "depths", "log_probs")}
+        if len(set(shapes.values())) != 1 or self.tokens.dim() != 2 or self.tokens.shape[1] == 0:
+            raise ValueError(
+                f"got a tree of shapes {shapes}; expected all of them equal, (batch, nodes) with nodes >= 1"
+            )
+
+    def ancestor_mask(self) -> Tensor:
+        """(B, T+1, T+1) bool: `[b, i, j]` is True if node j is node i or one of its ancestors."""
+        batch_size, num_nodes = self.tokens.shape
+        mask = torch.eye(num_nodes, dtype=torch.bool, device=self.tokens.device).expand(batch_size, -1, -1)
+        # The root becomes its own parent: jumping past it adds nothing but the root, an ancestor of every node.
+        jump = self.parents.clamp(min=0)
+        # Doubling: before round r, `mask` holds the 2^r nearest of (node, parent, ...), `jump` is the 2^r-th ancestor.
+        for _ in range((num_nodes - 1).bit_length()):
+            mask = mask | mask.gather(1, jump.unsqueeze(-1).expand(-1, -1, num_nodes))
+            jump = jump.gather(1, jump)
+        return mask
+
+
+def best_first(scores: Tensor, count: int) -> Tensor:
+    """(B, min(count, n)) indices of the greatest of (B, n) scores, best first; among equals the earlier one."""
+    # Not torch.topk: it may put a later one first among equals, and a certain child ties with its parent.
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]

@@ -1,0 +1,131 @@
+"""Draft trees as index tensors: growing one, choosing where to contemplate, laying it out for the verify pass.
+
+Pure index work with a leading batch dimension. It knows no model: the draft is a callable that a lookup table can
+replace, the cache is a row of position ids. Nothing here reads a value back to the host, so a GPU is never waited for,
+but for `confidence_threshold`, which makes the size of a tree depend on values.
+
+Running the draft and the target is left to others (modeling_confu.py, target.py), and so is walking the tree
+(verification.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .draft_tree import DraftTree, best_first
+
+
+class DraftStep(Protocol):
+    """One pass of the draft over a layer of the tree."""
+
+    def __call__(self, tokens: Tensor, parents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Score the children of W nodes.
+
+        Args:
+            tokens: (B, W) long, target-vocabulary ids.
+            parents: (B, W) long, index of each token's parent among the rows of the PREVIOUS call; None on the first
+                call, where W = 1 and `tokens` is the root.
+
+        Returns:
+            child_tokens (B, W, top_k) long, the most likely children of each row as target-vocabulary ids, and
+            child_log_probs (B, W, top_k) float, their CONDITIONAL log-probabilities, sorted descending.
+        """
+
+
+def grow_tree(
+    step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth: int, confidence_threshold: float = 0.0
+) -> DraftTree:
+    """Grow the dynamic draft tree of EAGLE-2.
+
+    Layer 1 is the root's `top_k` children. Then, layer by layer, the `top_k` candidates of the newest layer with the
+    best joint log-probability are expanded. At last the best `total_tokens` candidates of all layers stay.
+
+    Sorts are stable and candidates are listed layer by layer, so among equals the earlier one wins. As a child is
+    never likelier than its parent, a candidate's parent always ranks before it: every cut of the ranking is a tree.
+
+    Args:
+        step: the draft; called `depth` times, with widths 1, top_k, top_k, ... (never if `total_tokens` is 0). With a
+            threshold, not again once no further node could stay in the tree.
+        root_tokens: (B,) long.
+        total_tokens: T, drafted nodes to keep, root not counted. With fewer candidates than that the tree is smaller.
+        depth: greatest depth of a drafted node.
+        confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1). A batch keeps as many nodes
+            as its largest tree needs.
+
+    Raises:
+        ValueError: if `total_tokens` or `depth` is negative.
+    """
+    if total_tokens < 0 or depth < 0:
+        raise ValueError(f"got total_tokens={total_tokens} and depth={depth}; expected both to be 0 or more")
+    if total_tokens == 0:
+        depth = 0
+    beam_tokens = root_tokens.unsqueeze(1)  # (B, 1)
+    beam_ids = torch.zeros_like(beam_tokens)  # position in the list of candidates; the root is candidate 0
+    beam_log_probs = torch.zeros(beam_tokens.shape, device=root_tokens.device)
+    beam_parents = None
+    # One entry per layer, each (B, candidates of the layer); the entries side by side are the list of candidates.
+    tokens, parent_ids, depths, log_probs = [beam_tokens], [beam_ids], [beam_ids], [beam_log_probs]
+
+    floor = math.log(confidence_threshold) if confidence_threshold > 0 else None
+    num_candidates = 1
+    for layer in range(1, depth + 1):
+        child_tokens, child_log_probs = step(beam_tokens, beam_parents)
+        top_k = child_tokens.shape[-1]
+        # Rounding in the draft may leave a log-probability just above 0, and the child would overtake its parent.
+        joint = beam_log_probs.unsqueeze(-1) + child_log_probs.clamp(max=0.0)  # (B, W, top_k)
+        tokens.append(child_tokens.flatten(1))  # (B, W * top_k)
+        log_probs.append(joint.flatten(1))
+        parent_ids.append(beam_ids.unsqueeze(-1).expand_as(child_tokens).flatten(1))
+        depths.append(torch.full_like(tokens[-1], layer))
+        if layer == depth or (floor is not None and not _can_grow(log_probs, total_tokens, floor)):
+            break
+        chosen = best_first(log_probs[-1], top_k)  # (B, top_k), positions within this layer
+        beam_tokens = tokens[-1].gather(1, chosen)
+        beam_log_probs = log_probs[-1].gather(1, chosen)
+        # Candidates lie row after row. With top_k = 3, candidate 4 is the second child of row 1: 4 // 3 = 1.
+        beam_parents = chosen // top_k
+        beam_ids = chosen + num_candidates
+        num_candidates += tokens[-1].shape[1]
+
+    return _best_tree(tokens, parent_ids, depths, log_probs, total_tokens, floor)
+
+
+def _best_tree(
+    tokens: list[Tensor],
+    parent_ids: list[Tensor],
+    depths: list[Tensor],
+    log_probs: list[Tensor],
+    total_tokens: int,
+    floor: float | None,
+) -> DraftTree:
+    """The tree of the best candidates; the lists hold one entry `(B, candidates)` per layer, the root's first."""
+    all_log_probs = torch.cat(log_probs, dim=1)
+    count = total_tokens + 1
+    if floor is not None:
+        count = min(count, int((all_log_probs >= floor).sum(1).max()))
+    kept = best_first(all_log_probs, count).sort(dim=1).values  # ascending: parents first, the root at 0
+    # A parent's new index is its place among the kept. Kept candidates 0 1 2 5, parents 0 0 0 2: new parents 0 0 0 2,
+    # and a child of candidate 5 would find it at index 3.
+    parents = torch.searchsorted(kept, torch.cat(parent_ids, dim=1).gather(1, kept))
+    parents[:, 0] = -1
+    return DraftTree(
+        tokens=torch.cat(tokens, dim=1).gather(1, kept),
+        parents=parents,
+        depths=torch.cat(depths, dim=1).gather(1, kept),
+        log_probs=all_log_probs.gather(1, kept),
+    )
+
+
+def _can_grow(log_probs: list[Tensor], total_tokens: int, floor: float) -> bool:
+    """Whether a child of the newest layer could be among the best `total_tokens` and above the floor: it is never
+    likelier than its parent, and among equals the earlier wins."""
+    best = log_probs[-1].amax(1)
+    listed = torch.cat(log_probs, dim=1)
+    grows = best >= floor
+    if listed.shape[1] > total_tokens:
+        grows &= best > listed.topk(total_tokens + 1, dim=1).values[:, -1]
+    return bool(grows.any())
