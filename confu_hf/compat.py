@@ -11,15 +11,16 @@ import functools
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from packaging.requirements import Requirement
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
@@ -88,6 +89,32 @@ def split_cache(model_kwargs: Mapping[str, Any]) -> tuple[Cache | None, dict[str
     cache = next((model_kwargs[name] for name in _CACHE_NAMES if model_kwargs.get(name) is not None), None)
     others = {name: value for name, value in model_kwargs.items() if name not in _CACHE_NAMES}
     return cache if getattr(cache, "_is_user_defined", False) else None, others
+
+
+@functools.cache
+def _lists_entering_states() -> bool:
+    """Whether `output_hidden_states=[i]` gives the state entering layer `i`, as `hidden_states[i]` is with True.
+
+    Before Transformers 5.23 it gave the state leaving layer `i`, one on. Nothing but a forward pass tells. Drop this
+    when 5.23 is the least version supported.
+    """
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=2, **sizes))
+        return len(model(torch.zeros(1, 1, dtype=torch.long), output_hidden_states=[2]).hidden_states) == 3
+
+
+def layer_states_request(layer_ids: Sequence[int]) -> list[int] | bool:
+    """What `output_hidden_states` must be so that [`layer_states`] finds the states entering layers `layer_ids`."""
+    if _lists_entering_states():
+        return list(layer_ids)
+    return [layer_id - 1 for layer_id in layer_ids] if min(layer_ids) > 0 else True
+
+
+def layer_states(output: Any, layer_ids: Sequence[int]) -> list[Tensor]:
+    """The hidden states `(B, N, d)` entering layers `layer_ids`, of a pass with [`layer_states_request`]."""
+    shift = 0 if _lists_entering_states() or min(layer_ids) == 0 else 1
+    return [output.hidden_states[layer_id - shift] for layer_id in layer_ids]
 
 
 def attention_implementation(config: PreTrainedConfig) -> str:

@@ -60,6 +60,19 @@ def test_a_model_that_uses_the_other_name_gets_its_own(name):
     assert compat.cache_argument(nn.Linear(1, 1)) is None
 
 
+@pytest.mark.parametrize("ids", [(2, 4, 5), (0, 3, 7), (1, 8)])
+def test_layer_states_are_the_entering_ones(target, ids):
+    """`hidden_states[i]` of a full capture; its last is behind the final norm."""
+    everything = target(PROMPT, output_hidden_states=True).hidden_states
+    random = torch.random.get_rng_state()
+    compat._lists_entering_states.cache_clear()
+    output = target(PROMPT, output_hidden_states=compat.layer_states_request(ids))
+    assert all(
+        torch.equal(state, everything[i]) for i, state in zip(ids, compat.layer_states(output, ids), strict=True)
+    )
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
 def test_other_assistants_still_go_the_way_of_transformers(target, confu):
     """The overridden steps pass everything on, under the names that Transformers has for it."""
     assert torch.equal(target.generate(PROMPT, max_new_tokens=24, prompt_lookup_num_tokens=3), plain(target))

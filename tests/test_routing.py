@@ -68,7 +68,7 @@ def test_peft_model_routes_to_the_loop(folder):
 @pytest.mark.native_peft
 def test_native_adapter_routes_to_the_loop(folder):
     target = tiny_llama()
-    target.load_adapter(str(folder), adapter_kwargs={"subfolder": "adapter"})
+    target.load_adapter(str(folder / "adapter"))
     confu = ConFuAssistant.from_pretrained(folder, dtype="float64")
     assert torch.equal(assisted(target, confu), plain(target)) and confu.stats.contemplate_tokens > 0
     target.disable_adapters()

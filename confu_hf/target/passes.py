@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .. import compat
 from ..tree.layout import VerifyLayout
@@ -42,10 +43,10 @@ class Verified:
     futures: Tensor | None
 
 
-def _features(hidden_states: Sequence[Tensor], layer_ids: Sequence[int]) -> Tensor:
+def _features(output: ModelOutput, layer_ids: Sequence[int]) -> Tensor:
     """`(B, Q, d)` each -> `(B, Q, 3 d)`, in the order of `layer_ids` and on the device of the last of them."""
-    device = hidden_states[layer_ids[-1]].device
-    return torch.cat([hidden_states[i].to(device) for i in layer_ids], dim=-1)
+    states = compat.layer_states(output, layer_ids)
+    return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
 
 
 @torch.no_grad()
@@ -73,10 +74,10 @@ def prefill(
         **compat.cache_keyword(model, cache),
         use_cache=True,
         logits_to_keep=1,
-        output_hidden_states=list(layer_ids),
+        output_hidden_states=compat.layer_states_request(layer_ids),
         return_dict=True,
     )
-    return Prefilled(logits=output.logits[:, -1], features=_features(output.hidden_states, layer_ids))
+    return Prefilled(logits=output.logits[:, -1], features=_features(output, layer_ids))
 
 
 @torch.no_grad()
@@ -115,10 +116,10 @@ def verify(
             **compat.cache_keyword(model, cache),
             use_cache=True,
             logits_to_keep=torch.arange(num_nodes, device=embeds.device),
-            output_hidden_states=list(layer_ids),
+            output_hidden_states=compat.layer_states_request(layer_ids),
             return_dict=True,
         )
-    features = _features(output.hidden_states, layer_ids)
+    features = _features(output, layer_ids)
     return Verified(
         logits=output.logits[:, :num_nodes],  # a model that ignores logits_to_keep returns all Q rows
         features=features[:, :num_nodes],
@@ -186,7 +187,7 @@ def contemplate_anchors(
         position_ids=position_ids,
         **compat.cache_keyword(decoder, context),
         use_cache=True,
-        output_hidden_states=list(layer_ids),
+        output_hidden_states=compat.layer_states_request(layer_ids),
         return_dict=True,
     )
-    return _features(output.hidden_states, layer_ids), output.last_hidden_state
+    return _features(output, layer_ids), output.last_hidden_state

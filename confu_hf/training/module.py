@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from .. import compat
 from ..compat import cache_keyword
 from ..modeling_confu import ConFuDraftModel
 from ..target.context import ContemplateContext
@@ -186,7 +187,11 @@ class ConFuForTraining(nn.Module):
         """Features `(B, N, 3 d)`; for the store, the head's inputs `(B, N, d)`, else None; logits from `first` on."""
         ids = self.draft.config.target_layer_ids
         module = self.target if self.feature_store is None else self.target.get_decoder()
-        arguments = {"use_cache": cache is not None, "output_hidden_states": list(ids), **cache_keyword(module, cache)}
+        arguments = {
+            "use_cache": cache is not None,
+            "output_hidden_states": compat.layer_states_request(ids),
+            **cache_keyword(module, cache),
+        }
         if self.feature_store is None:
             # Whole: soft-capped and scaled logits stay where they are.
             kept = torch.arange(first, input_ids.shape[1], device=input_ids.device)
@@ -196,7 +201,7 @@ class ConFuForTraining(nn.Module):
             output = module(input_ids=input_ids, **arguments)
             last = output.last_hidden_state
             logits = self.target.get_output_embeddings()(last[:, first:])
-        return torch.cat([output.hidden_states[i] for i in ids], dim=-1), last, logits
+        return torch.cat(compat.layer_states(output, ids), dim=-1), last, logits
 
     @staticmethod
     def _draft_view(logits: torch.Tensor, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
