@@ -318,6 +318,23 @@ def test_the_future_of_the_last_accepted_node_reaches_the_draft(monkeypatch):
     assert seen and all(future is None for future in seen)
 
 
+@pytest.mark.parametrize("contemplate", [True, False])
+def test_the_draft_remembers_every_decided_token(contemplate, monkeypatch):
+    """Its cache has no hole: each round leaves the row it drafted from, and all accepted ones."""
+    seen = []
+    real = loop.DraftRound.__init__
+
+    def spy(self, *args, position_ids, **kwargs):
+        real(self, *args, position_ids=position_ids, **kwargs)
+        seen.append((self.verified_rows, position_ids[0, -1].item()))
+
+    monkeypatch.setattr(loop.DraftRound, "__init__", spy)
+    model = tiny_llama()
+    model.generate(PROMPT, do_sample=False, assistant_model=make_assistant(model), contemplate=contemplate, **LENGTHS)
+    assert len(seen) > 3
+    assert all(rows == start for rows, start in seen), "rows 0 .. start - 1 lie in the draft's cache"
+
+
 def test_stats_count_what_happened(oracle):
     model = tiny_llama()
     assistant = make_assistant(model)

@@ -34,8 +34,8 @@ class DecodingState:
     def advance(self, acceptance: Acceptance, features: Tensor, future: Tensor | None) -> DecodingState:
         """The state after a round whose accepted nodes have `features` `(B, P, 3 d)`.
 
-        Example: root x_5, accepted path x_5 x_6, bonus x_7. Slots 5 and 6 are committed; rows 5 (reads x_6) and 6
-            (reads x_7) wait; x_7 is the next root.
+        Example: root x_5, accepted path x_5 x_6, bonus x_7. Slots 5 and 6 are committed; row 4 (reads
+            x_5), from which the round drafted, waits again, and rows 5 (reads x_6) and 6 (reads x_7); x_7 is the next root.
         """
         path_length = acceptance.path.shape[1]
         steps = torch.arange(1, path_length + 1, device=self.row_position_ids.device)
@@ -43,8 +43,8 @@ class DecodingState:
         return DecodingState(
             input_ids=torch.cat([self.input_ids, acceptance.tokens], dim=1),
             committed_position_ids=torch.cat([self.committed_position_ids, positions], dim=1),
-            row_tokens=acceptance.tokens,
-            row_features=features,
-            row_position_ids=positions,
+            row_tokens=torch.cat([self.row_tokens[:, -1:], acceptance.tokens], dim=1),
+            row_features=torch.cat([self.row_features[:, -1:], features], dim=1),
+            row_position_ids=torch.cat([self.row_position_ids[:, -1:], positions], dim=1),
             future=future,
         )
