@@ -17,6 +17,8 @@ weights are named as in EAGLE-3 checkpoints (`fc`, `midlayer`, `norm`, `lm_head`
 
 from __future__ import annotations
 
+import uuid
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -144,6 +146,8 @@ class ConFuDraftModel(PreTrainedModel):
                 width, width, config.num_future_experts, config.num_future_experts_per_token
             )
             self.future_skip = ClosedLinear(width, width, bias=False)
+        # Caches outlive calls: by this a draft knows its own again, and so does its copy.
+        self.instance_key = uuid.uuid4().hex
         self.post_init()
 
     @torch.no_grad()

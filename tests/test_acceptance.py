@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from confu_hf.decoding.acceptance import Sampler, accept, accept_greedy, accept_stepwise
+from confu_hf.decoding.acceptance import Sampler, _children, accept, greedy_choices, walk_greedily, walk_stepwise
 from confu_hf.tree.draft_tree import DraftTree
 
 VOCAB = 5
@@ -107,7 +107,7 @@ def tree_decoding(target, num_tokens, processors, do_sample, draw_tree, **option
         acceptance = run(tree, target.verify(tree, ids), torch.tensor([ids]), past_scores=scores, **options)
         scores, raw_logits = scores + acceptance.scores, raw_logits + acceptance.raw_logits
         ids += acceptance.tokens[0].tolist()
-        finished = acceptance.finished
+        (finished,) = acceptance.finished
         rounds += 1
     return ids, scores, raw_logits, rounds
 
@@ -174,20 +174,20 @@ def test_the_greedy_fast_path_equals_the_reference():
         logits = torch.randint(0, 3, (*tree.tokens.shape, VOCAB), generator=torch.Generator().manual_seed(seed))
         limit = MaxLengthCriteria(len(PROMPT) + rng.randrange(1, 4))
         for criteria in (StoppingCriteriaList(), StoppingCriteriaList([limit])):
-            args = tree, logits.float(), torch.tensor([PROMPT])
-            fast = accept_greedy(*args, criteria)
-            slow = accept_stepwise(*args, LogitsProcessorList(), Sampler(do_sample=False), criteria)
-            assert fast.path.tolist() == slow.path.tolist() and fast.tokens.tolist() == slow.tokens.tolist()
-            assert fast.finished == slow.finished
-            lengths.add((fast.path.shape[1], fast.finished))
+            ids, children = torch.tensor([PROMPT]), _children(tree.tokens[0].tolist(), tree.parents[0].tolist())
+            fast = walk_greedily(children, greedy_choices(logits.float())[0], ids, criteria)
+            rules = (LogitsProcessorList(), Sampler(do_sample=False), criteria)
+            slow = walk_stepwise(children, logits.float(), ids, *rules)
+            assert (fast.path, fast.tokens, fast.finished) == (slow.path, slow.tokens, slow.finished)
+            lengths.add((len(fast.path), fast.finished))
     assert {(1, False), (2, False), (3, False), (1, True), (2, True)} <= lengths
 
 
 def test_float64_ties_are_broken_as_in_plain_decoding():
     # Equal in float32, where plain decoding compares them: the first one wins.
     logits = torch.tensor([[[1.0, 1.0 + 1e-12, 0.0, 0.0, 0.0]]], dtype=torch.float64)
-    acceptance = accept_greedy(make_tree(4, []), logits, torch.tensor([PROMPT]), StoppingCriteriaList())
-    assert acceptance.tokens.tolist() == [[0]]
+    assert greedy_choices(logits) == [[0]]
+    assert run(make_tree(4, []), logits).tokens.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -327,7 +327,7 @@ def test_stopping_in_the_middle_of_a_path(processors, stop_token, path, tokens, 
         [2, 0, 3], [2, 0, 1, 4], processors=processors, stopping_criteria=StoppingCriteriaList([criterion])
     )
     assert acceptance.path.tolist() == [path] and acceptance.tokens.tolist() == [tokens]
-    assert acceptance.finished is finished
+    assert acceptance.finished == (finished,) and acceptance.counts == (len(tokens),)
     assert criterion.calls == [(PROMPT + tokens[: i + 1], None) for i in range(len(tokens))]
 
 
@@ -373,13 +373,47 @@ def test_nothing_is_recorded_unasked():
 def test_a_token_drafted_twice_takes_the_earlier_node():
     tree = make_tree(0, [(0, 2), (0, 2)])
     logits = chain_target([2, 1, 3])
-    acceptance = accept_greedy(tree, logits, torch.tensor([PROMPT]), StoppingCriteriaList())
+    acceptance = run(tree, logits)
     assert acceptance.path.tolist() == [[0, 1]] and acceptance.tokens.tolist() == [[2, 1]]
 
 
-def test_batches_are_refused():
+def test_rows_of_a_batch_walk_alone():
+    """Rows of different length, trees and ends; the third one had ended before."""
+    target = Target()
+    prompts = [PROMPT, [*PROMPT, 2, 1], PROMPT, [*PROMPT, 3]]
+    trees = [full_tree(ids[-1], 2) for ids in prompts]
+    batch = DraftTree(*(torch.cat([getattr(tree, name) for tree in trees]) for name in DraftTree.__dataclass_fields__))
+    logits = torch.cat([target.verify(tree, ids) for tree, ids in zip(trees, prompts, strict=True)])
+    ids = torch.full((4, len(PROMPT) + 2), -1)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    options = {
+        "processors": processor_list("repetition"),
+        "stopping_criteria": StoppingCriteriaList([StopAt(1)]),
+        "do_sample": False,
+    }
+    lengths, finished = [len(prompt) for prompt in prompts], [False, False, True, False]
+    together = accept(batch, logits, ids, lengths=lengths, finished=finished, **options)
+    assert together.counts[2] == 0 and together.finished[2] and (together.path[2] == -1).all()
+    for row in (0, 1, 3):
+        alone = accept(trees[row], logits[row : row + 1], torch.tensor([prompts[row]]), **options)
+        count = together.counts[row]
+        assert (count,) == alone.counts and (together.finished[row],) == alone.finished
+        assert together.path[row, :count].tolist() == alone.path[0].tolist()
+        assert together.tokens[row, :count].tolist() == alone.tokens[0].tolist()
+        assert (together.tokens[row, count:] == -1).all() and (together.path[row, count:] == -1).all()
+
+
+def test_shapes_that_do_not_fit_are_refused():
     tree = make_tree(0, [(0, 1)])
-    batch = DraftTree(*(getattr(tree, name).repeat(2, 1) for name in DraftTree.__dataclass_fields__))
-    for bad_tree, ids in ((batch, torch.tensor([PROMPT])), (batch, torch.tensor([PROMPT] * 2))):
-        with pytest.raises(ValueError, match=r"got a tree of shape \(2, 2\).*expected batch size 1"):
-            run(bad_tree, torch.zeros(2, 2, VOCAB), ids)
+    with pytest.raises(
+        ValueError, match=r"got trees of shape \(1, 2\), logits \(1, 3, 5\).*expected one row of logits"
+    ):
+        accept(
+            tree,
+            torch.zeros(1, 3, 5),
+            torch.tensor([PROMPT]),
+            processors=LogitsProcessorList(),
+            stopping_criteria=StoppingCriteriaList(),
+            do_sample=False,
+        )

@@ -17,8 +17,9 @@ from tiny_models import (
 from transformers import DynamicCache, StaticCache
 
 from confu_hf.compat import cache_keyword
-from confu_hf.target.cache import TreeCache
+from confu_hf.target.cache import Slots, TreeCache
 from confu_hf.target.context import ContemplateContext
+from confu_hf.target.exchange import export_cache, import_cache
 from confu_hf.target.passes import prefill
 
 LAYERS, HEADS, DIM, PROMPTS = 3, 2, 4, 5
@@ -63,7 +64,7 @@ def test_verifying_shows_the_soft_prompts_and_commits_nothing():
     prompts, committed, new = soft_prompts(), states(7, 2), states(3, 2)
     cache = TreeCache(LAYERS, prompts)
     cache.update(*committed, 1)
-    with cache.verifying():
+    with cache.writing(cache.slots_behind(3)):
         keys, values = cache.update(*new, 1)
         assert cache.get_seq_length(1) == 7
     for got, prompt, old, rows in zip((keys, values), prompts[1], committed, new, strict=True):
@@ -73,100 +74,133 @@ def test_verifying_shows_the_soft_prompts_and_commits_nothing():
 
 
 @pytest.mark.parametrize("path", [[0], [0, 1, 2], [0, 2], [0, 1, 4, 6], [0, 3, 4, 5, 6]])
-@pytest.mark.parametrize("block_size", [1, 4, 256])
-def test_keep_path_commits_the_rows_of_the_path(path, block_size):
-    cache = filled(5, prompts=soft_prompts(), block_size=block_size)
+@pytest.mark.parametrize("capacity", [1, 4, 256])
+def test_keep_path_commits_the_rows_of_the_path(path, capacity):
+    cache = filled(5, prompts=soft_prompts(), capacity=capacity)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     new = [states(7) for _ in range(LAYERS)]
-    with cache.verifying():
+    with cache.writing(cache.slots_behind(7)):
         for i in range(LAYERS):
             cache.update(*new[i], i)
-    cache.keep_path(torch.tensor([path]))
+    cache.keep_path(torch.tensor([path]), [len(path)])
     assert cache.get_seq_length() == 5 + len(path)
     for layer, old, rows in zip(cache.layers, before, new, strict=True):
         assert torch.equal(layer.keys, torch.cat([old[0], rows[0][:, :, path]], dim=2))
         assert torch.equal(layer.values, torch.cat([old[1], rows[1][:, :, path]], dim=2))
 
 
-def test_keep_path_takes_a_path_per_batch_row():
-    cache = filled(5, batch=2)
-    with cache.verifying():
-        new = [states(6, 2) for _ in range(LAYERS)]
+def verify_pass(cache: TreeCache, width: int, batch: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    new = [states(width, batch) for _ in range(LAYERS)]
+    with cache.writing(cache.slots_behind(width, batch_size=batch)):
         for i in range(LAYERS):
             cache.update(*new[i], i)
-    paths = [[0, 1, 5], [0, 3, 4]]
-    cache.keep_path(torch.tensor(paths))
-    for layer, rows in zip(cache.layers, new, strict=True):
-        for b, path in enumerate(paths):
-            assert torch.equal(layer.keys[b, :, 5:], rows[0][b][:, path])
+    return new
 
 
-def test_a_second_verify_pass_overwrites_the_first():
+def test_rows_of_a_batch_have_lengths_of_their_own():
+    """Three rounds of ragged paths; the third row ends after the first."""
+    cache = filled(5, batch=3, prompts=soft_prompts(), capacity=8)
+    cache.set_mask(torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]]))
+    expected = [
+        [layer.keys[b] for b in range(3)] for layer in cache.layers
+    ]  # per layer and row (kv_heads, n, head_dim)
+    for paths in ([[0, 1, 5], [0, -1, -1], [0, 3, -1]], [[0, 2], [0, 1], [-1, -1]], [[0], [0], [-1]]):
+        counts = [sum(node >= 0 for node in path) for path in paths]
+        new = verify_pass(cache, 6, 3)
+        cache.keep_path(torch.tensor(paths), counts)
+        for layer, (keys, _) in enumerate(new):
+            for b, path in enumerate(paths):
+                kept = keys[b][:, [node for node in path if node >= 0]]
+                expected[layer][b] = torch.cat([expected[layer][b], kept], dim=1)
+    assert cache.lengths == [11, 9, 7]
+    for layer, rows in zip(cache.layers, expected, strict=True):
+        for b, keys in enumerate(rows):
+            assert torch.equal(layer.keys[b, :, : keys.shape[1]], keys)
+    places = cache.slot_position_ids.tolist()
+    assert places[0] == list(range(11))
+    assert places[1] == [-1, *range(8), -1, -1]
+    assert places[2] == [-1, -1, -1, *range(4), -1, -1, -1, -1]
+    assert cache.next_positions().tolist() == [[11], [8], [4]]
+    with pytest.raises(ValueError, match=r"got batch rows of lengths \[11, 9, 7\], expected one length"):
+        cache.update(*states(1, 3), 0)
+
+
+def test_what_goes_to_the_spare_slot_is_read_by_nobody():
+    cache, poison = filled(4, batch=2, capacity=8), float("nan")
+    slots = Slots(torch.tensor([[4, 5], [4, -1]]), None, 6)
+    keys, values = states(2, 2)
+    keys[1, :, 1] = poison
+    with cache.writing(slots):
+        got, _ = cache.update(keys, values, 0)
+    assert torch.equal(got[0, :, 4:], keys[0]) and torch.equal(got[1, :, 4], keys[1, :, 0])
+    assert not got.isnan().any()
+
+
+def test_a_second_pass_overwrites_the_first():
     cache = filled(5)
-    with cache.verifying():
-        for length in (6, 3):
-            for i in range(LAYERS):
-                keys, _ = cache.update(*states(length), i)
-    assert keys.shape[2] == 8
+    for width in (6, 3):
+        new = verify_pass(cache, width)
+    assert cache.get_seq_length() == 5
     with pytest.raises(ValueError, match="after a verify pass of 3 rows"):
-        cache.keep_path(torch.tensor([[0, 1, 2, 3]]))
+        cache.keep_path(torch.tensor([[0, 1, 2, 3]]), [4])
+    cache.keep_path(torch.tensor([[0, 2]]), [2])
+    assert torch.equal(cache.layers[0].keys[:, :, 5:], new[0][0][:, :, [0, 2]])
 
 
 def test_keep_path_without_a_verify_pass_is_refused():
     cache = filled(5)
     with pytest.raises(ValueError, match="verify pass of 0 rows.*Call keep_path"):
-        cache.keep_path(torch.tensor([[0]]))
-    with cache.verifying():
-        for i in range(LAYERS):
-            cache.update(*states(2), i)
-    cache.keep_path(torch.tensor([[0]]))
+        cache.keep_path(torch.tensor([[0]]), [1])
+    verify_pass(cache, 2)
+    cache.keep_path(torch.tensor([[0]]), [1])
     with pytest.raises(ValueError, match="verify pass of 0 rows"):
-        cache.keep_path(torch.tensor([[0]]))
+        cache.keep_path(torch.tensor([[0]]), [1])
 
 
-def test_buffers_grow_by_blocks_and_not_in_between():
-    cache = TreeCache(1, soft_prompts()[:1], block_size=16)
+def test_capacity_doubles_and_nothing_moves_in_between():
+    cache = TreeCache(1, soft_prompts()[:1], capacity=16)
     cache.update(*states(3), 0)
-    layer, addresses, everything = (
-        cache.layers[0],
-        set(),
-        [layer_keys.clone() for layer_keys in [cache.layers[0].keys]],
-    )
+    layer, sizes, addresses = cache.layers[0], set(), set()
+    everything = [layer.keys.clone()]
     for _ in range(40):
         new = states(1)
         keys, _ = cache.update(*new, 0)
         everything.append(new[0])
         addresses.add(layer._buffers[0].data_ptr())
-        assert layer._buffers[0].shape[2] % 16 == 0
+        sizes.add(layer.capacity)
     assert torch.equal(keys, torch.cat(everything, dim=2))
-    assert len(addresses) == 3  # 5 + 43 slots = 48 = three blocks of 16
+    assert sizes == {16, 32, 64} and len(addresses) == 3
+    cache.reserve(200)
+    assert layer.capacity == 200 and torch.equal(layer.keys, keys)
 
 
-def test_growth_while_verifying_keeps_prompts_and_committed_rows():
+def test_growth_in_a_pass_keeps_prompts_committed_rows_and_rows_behind_them():
     prompts = soft_prompts()
-    cache = filled(5, prompts=prompts, block_size=4)
-    before = cache.layers[2].keys.clone()
-    with cache.verifying():
-        keys, _ = cache.update(*states(30), 2)
+    cache = filled(5, prompts=prompts, capacity=4)
+    before, new = cache.layers[2].keys.clone(), states(3)
+    with cache.writing(cache.slots_behind(3)):
+        cache.update(*new, 2)
+    with cache.writing(cache.slots_behind(27, offset=3)):
+        keys, _ = cache.update(*states(27), 2)
     assert torch.equal(keys[:, :, :PROMPTS], prompts[2, 0].transpose(0, 1)[None])
-    assert torch.equal(keys[:, :, PROMPTS : PROMPTS + 5], before)
+    assert torch.equal(keys[:, :, PROMPTS : PROMPTS + 8], torch.cat([before, new[0]], dim=2))
 
 
 def test_set_soft_prompts_replaces_them_in_place():
     cache = filled(5, batch=2, prompts=soft_prompts())
     address, per_row = cache.layers[0]._buffers[0].data_ptr(), torch.randn(LAYERS, 2, 2, PROMPTS, HEADS, DIM)
     cache.set_soft_prompts(per_row)
-    with cache.verifying():
+    with cache.writing(cache.slots_behind(1)):
         keys, values = cache.update(*states(1, 2), 0)
     assert cache.layers[0]._buffers[0].data_ptr() == address
     assert torch.equal(keys[:, :, :PROMPTS], per_row[0, 0].transpose(1, 2))
     assert torch.equal(values[:, :, :PROMPTS], per_row[0, 1].transpose(1, 2))
-    with pytest.raises(ValueError, match="Got 0 soft prompt slots, but the cache was filled with 5"):
+    with pytest.raises(ValueError, match="got 0 soft prompt slots, expected 5"):
         cache.set_soft_prompts(None)
 
 
 def test_soft_prompts_of_the_wrong_shape_are_refused():
-    with pytest.raises(ValueError, match="for 3 layers, expected 4"):
+    with pytest.raises(ValueError, match="got 3 layers, expected 4"):
         TreeCache(4, soft_prompts())
     with pytest.raises(ValueError, match=r"expected \(2, S, kv_heads, head_dim\)"):
         TreeCache(LAYERS, soft_prompts().transpose(1, 2))
@@ -184,7 +218,7 @@ def test_crop_takes_negative_numbers():
     new = states(1)
     assert torch.equal(cache.update(*new, 0)[0], torch.cat([kept, new[0]], dim=2))
     for wrong in (1, -5):
-        with pytest.raises(ValueError, match=rf"crop\(\) got {wrong}, expected a number from -3 to 0"):
+        with pytest.raises(ValueError, match=rf"crop\(\): got {wrong}, expected a number from -3 to 0"):
             cache.layers[1].crop(wrong)
 
 
@@ -235,7 +269,7 @@ def test_prefill_is_bit_identical_to_a_dynamic_cache(name):
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_plain_generate_with_a_tree_cache(name, do_sample):
     model, ids = ARCHITECTURES[name](), prompt_ids()
-    cache = TreeCache(NUM_LAYERS, torch.randn(NUM_LAYERS, 2, PROMPTS, 2, 8), block_size=4)
+    cache = TreeCache(NUM_LAYERS, torch.randn(NUM_LAYERS, 2, PROMPTS, 2, 8), capacity=4)
     outputs = []
     for users in (None, cache):
         torch.manual_seed(0)
@@ -252,7 +286,7 @@ def test_import_from_and_export_to_a_users_cache(make):
     model, ids = make(), prompt_ids()
     users = DynamicCache(config=model.config)  # sliding layers drop old rows
     prefill(model, ids, users, LAYER_IDS)
-    cache = TreeCache.from_cache(users, NUM_LAYERS, torch.randn(NUM_LAYERS, 2, PROMPTS, 2, 8))
+    cache = import_cache(users, NUM_LAYERS, torch.randn(NUM_LAYERS, 2, PROMPTS, 2, 8))
     assert cache.get_seq_length() == ids.shape[1]
     for layer, source in zip(cache.layers, users.layers, strict=True):
         stored = source.keys.shape[2]
@@ -264,7 +298,7 @@ def test_import_from_and_export_to_a_users_cache(make):
         continued = prefill(model, more, target, LAYER_IDS)
     ours, exported = DynamicCache(config=model.config), DynamicCache()
     for target in (ours, exported):
-        cache.export_to(target)
+        export_cache(cache, target)
     for layer, reference in zip(ours.layers, users.layers, strict=True):
         torch.testing.assert_close(layer.keys, reference.keys, rtol=0, atol=1e-12)
         torch.testing.assert_close(layer.values, reference.values, rtol=0, atol=1e-12)
@@ -280,7 +314,7 @@ def test_export_overwrites_what_the_cache_held_and_shares_no_memory():
     cache, users = filled(5), DynamicCache()
     for i in range(LAYERS):
         users.update(*states(9), i)
-    cache.export_to(users)
+    export_cache(cache, users)
     exported = users.layers[0].keys.clone()
     assert torch.equal(exported, cache.layers[0].keys)
     cache.layers[0].keys.zero_()
@@ -289,23 +323,21 @@ def test_export_overwrites_what_the_cache_held_and_shares_no_memory():
 
 def test_a_tree_cache_can_be_exported_to_and_imported_again():
     cache, users = filled(5), filled(9, batch=2, prompts=soft_prompts())
-    cache.export_to(users)
+    export_cache(cache, users)
     assert torch.equal(users.layers[2].keys, cache.layers[2].keys) and users.soft_prompt_length == PROMPTS
-    copy = TreeCache.from_cache(cache, LAYERS, soft_prompts())
+    copy = import_cache(cache, LAYERS, soft_prompts())
     assert torch.equal(copy.layers[1].values, cache.layers[1].values) and copy.soft_prompt_length == PROMPTS
 
 
 def test_foreign_caches_are_refused():
     model = tiny_llama()
     static = StaticCache(config=model.config, max_cache_len=16)
-    with pytest.raises(
-        ValueError, match="Got a cache with a StaticLayer, expected the plain layers of a DynamicCache"
-    ):
-        TreeCache.from_cache(static, NUM_LAYERS)
-    with pytest.raises(ValueError, match="Got a cache with a StaticLayer"):
-        TreeCache(NUM_LAYERS).export_to(static)
-    with pytest.raises(ValueError, match="Got a cache of 8 layers, expected at most 3"):
-        TreeCache.from_cache(DynamicCache(config=model.config), LAYERS)
+    with pytest.raises(ValueError, match="got a StaticLayer, expected the plain layers of a DynamicCache"):
+        import_cache(static, NUM_LAYERS)
+    with pytest.raises(ValueError, match="got a StaticLayer"):
+        export_cache(TreeCache(NUM_LAYERS), static)
+    with pytest.raises(ValueError, match="got 8 layers, expected at most 3"):
+        import_cache(DynamicCache(config=model.config), LAYERS)
 
 
 def test_contemplate_context_puts_prompts_with_gradient_in_front_and_keeps_nothing():

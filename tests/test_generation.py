@@ -2,11 +2,13 @@
 passes.
 
 A random draft is hardly ever right, so most tests draft with an oracle that asks the target itself and is wrong on
-    purpose now and then: paths get long, and
-every branch of the loop is walked.
+purpose now and then: paths get long, and every branch of the loop is walked.
 """
 
 from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -23,16 +25,18 @@ from transformers import (
 )
 
 from confu_hf import ConFuAssistant
+from confu_hf.compat import OUTPUT_CACHE, cache_keyword
 from confu_hf.decoding import loop
-from confu_hf.decoding.drafting import DraftRound
+from confu_hf.decoding.drafting import NetworkDrafter
+from confu_hf.decoding.policy import FixedPolicy, RoundPlan
 
 PROMPT = torch.tensor([[5, 17, 33, 8, 61, 12, 90, 44, 23, 7, 3]])
 LENGTHS = {"max_new_tokens": 32, "pad_token_id": 0}
 
 
-def make_assistant(model, **config) -> ConFuAssistant:
+def make_assistant(model, assistant_class=ConFuAssistant, **config) -> ConFuAssistant:
     """An untrained pair whose every weight matters (fresh ones keep the future token's skip connection at zero)."""
-    assistant = ConFuAssistant.from_target(model, draft_vocab_size=VOCAB_SIZE, **config)
+    assistant = assistant_class.from_target(model, draft_vocab_size=VOCAB_SIZE, **config)
     with torch.random.fork_rng():
         torch.manual_seed(11)
         for parameter in [*assistant.parameters(), *getattr(model, "confu", torch.nn.Module()).parameters()]:
@@ -41,48 +45,53 @@ def make_assistant(model, **config) -> ConFuAssistant:
     return assistant
 
 
-@pytest.fixture
-def oracle(monkeypatch):
-    """Drafts with the target itself: its likeliest tokens, but the best two swapped at every third row of a layer."""
+class OracleDrafter(NetworkDrafter):
+    """Drafts with the target itself: its likeliest tokens, but the best two swapped at every third row of a layer.
 
-    class OracleRound(DraftRound):
-        model = None
+    The real draft runs along: its cache and masks are exercised.
+    """
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.paths = None
+    def __init__(self, draft, target):
+        super().__init__(draft, target.get_input_embeddings())
+        self.target, self.steps = target, 0
 
-        def step(self, tokens, parents):
-            super().step(tokens, parents)  # the real draft runs too: its caches and masks are exercised
-            if self.paths is None:
-                self.paths = [OracleRound.prefix[0].tolist()]
-            else:
-                rows = zip(parents[0].tolist(), tokens[0].tolist(), strict=True)
-                self.paths = [self.paths[parent] + [token] for parent, token in rows]
-            logits = OracleRound.model(torch.tensor(self.paths)).logits[:, -1].float()
-            log_probs, children = logits.log_softmax(-1).topk(self.top_k, dim=-1)
-            if self.steps % 3 == 0:
-                children = children.roll(1, dims=-1)
-            return children[None], log_probs[None]
+    def observe(self, state, rows):
+        super().observe(state, rows)
+        self.decided = [ids[:length].tolist() for ids, length in zip(state.input_ids, state.lengths, strict=True)]
 
-    grow = loop.Decoder._grow
+    def step(self, tokens, parents, top_k):
+        super().step(tokens, parents, top_k)
+        if parents is None:
+            self.paths, self.steps = [[ids] for ids in self.decided], 0
+        else:
+            self.paths = [
+                [paths[parent] + [token] for parent, token in zip(*row, strict=True)]
+                for paths, *row in zip(self.paths, parents.tolist(), tokens.tolist(), strict=True)
+            ]
+        self.steps += 1
+        logits = torch.stack([self.target(torch.tensor(paths)).logits[:, -1].float() for paths in self.paths])
+        log_probs, children = logits.log_softmax(-1).topk(top_k, dim=-1)
+        return (children.roll(1, dims=-1) if self.steps % 3 == 0 else children), log_probs
 
-    def remember_prefix(self, state):
-        OracleRound.model, OracleRound.prefix = self.model, state.input_ids
-        return grow(self, state)
 
-    monkeypatch.setattr(loop.Decoder, "_grow", remember_prefix)
-    monkeypatch.setattr(loop, "DraftRound", OracleRound)
+class OracleAssistant(ConFuAssistant):
+    def new_drafter(self, target):
+        return OracleDrafter(self, target)
+
+
+def make_oracle(model, **config) -> ConFuAssistant:
+    """An assistant that is mostly right."""
+    return make_assistant(model, assistant_class=OracleAssistant, **config)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(
     "options", [{}, {"contemplate_tokens": 2}, {"contemplate": False}], ids=["all", "two", "eagle3"]
 )
-def test_greedy_is_identical(name, options, oracle):
+def test_greedy_is_identical(name, options):
     model = ARCHITECTURES[name]()
     expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
-    assistant = make_assistant(model)
+    assistant = make_oracle(model)
     got = model.generate(
         PROMPT,
         do_sample=False,
@@ -123,9 +132,9 @@ def test_a_confidence_threshold_verifies_fewer_nodes_and_changes_no_text():
     assert verified[0] > verified[1] > verified[2] >= 1
 
 
-def test_sampling_is_seed_exact(oracle):
+def test_sampling_is_seed_exact():
     model = tiny_llama()
-    assistant = make_assistant(model)
+    assistant = make_oracle(model)
     settings = [
         {"temperature": 0.7},
         {"temperature": 1.3, "top_k": 11},
@@ -147,33 +156,31 @@ def test_sampling_is_seed_exact(oracle):
     assert sum(accepted) / len(accepted) > 1.3
 
 
-def test_a_wrong_prefix_would_be_noticed(oracle, monkeypatch):
+def test_a_wrong_place_would_be_noticed(monkeypatch):
     """Negative control: a verify pass whose tree positions are off by one changes the text."""
     model = tiny_llama()
     expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
     layout = loop.verify_layout
 
-    def shifted(tree, nodes, *, committed_position_ids, soft_prompt_length):
-        return layout(
-            tree, nodes, committed_position_ids=committed_position_ids - 1, soft_prompt_length=soft_prompt_length
-        )
+    def shifted(*args, root_places, **kwargs):
+        return layout(*args, root_places=root_places - 1, **kwargs)
 
     monkeypatch.setattr(loop, "verify_layout", shifted)
-    got = model.generate(PROMPT, do_sample=False, assistant_model=make_assistant(model), **LENGTHS)
+    got = model.generate(PROMPT, do_sample=False, assistant_model=make_oracle(model), **LENGTHS)
     assert got.tolist() != expected.tolist()
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 7])
-def test_max_new_tokens_is_exact(new_tokens, oracle):
+def test_max_new_tokens_is_exact(new_tokens):
     model = tiny_llama()
-    got = model.generate(PROMPT, assistant_model=make_assistant(model), max_new_tokens=new_tokens, do_sample=False)
+    got = model.generate(PROMPT, assistant_model=make_oracle(model), max_new_tokens=new_tokens, do_sample=False)
     assert got.shape[1] == PROMPT.shape[1] + new_tokens
 
 
-def test_stops_at_the_first_end_token_of_a_block(oracle):
+def test_stops_at_the_first_end_token_of_a_block():
     model = tiny_llama()
     free = model.generate(PROMPT, do_sample=False, eos_token_id=-1, **LENGTHS)[0, PROMPT.shape[1] :].tolist()
-    assistant = make_assistant(model)
+    assistant = make_oracle(model)
     for end in sorted(set(free), key=free.index)[:10]:
         expected = model.generate(PROMPT, do_sample=False, eos_token_id=end, **LENGTHS)
         got = model.generate(PROMPT, do_sample=False, eos_token_id=end, assistant_model=assistant, **LENGTHS)
@@ -192,12 +199,12 @@ class _StopAtSum(StoppingCriteria):
 
 
 @pytest.mark.parametrize("number", [3, 7, 13])
-def test_custom_stopping_criteria_stop_inside_a_block(number, oracle):
+def test_custom_stopping_criteria_stop_inside_a_block(number):
     model = tiny_llama()
     criteria = StoppingCriteriaList([_StopAtSum(number)])
     expected = model.generate(PROMPT, do_sample=False, stopping_criteria=criteria, **LENGTHS)
     got = model.generate(
-        PROMPT, do_sample=False, stopping_criteria=criteria, assistant_model=make_assistant(model), **LENGTHS
+        PROMPT, do_sample=False, stopping_criteria=criteria, assistant_model=make_oracle(model), **LENGTHS
     )
     assert got.tolist() == expected.tolist()
 
@@ -212,10 +219,10 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=raw)
 
 
-def test_stop_strings(oracle, tokenizer):
+def test_stop_strings(tokenizer):
     model = tiny_llama()
     free = model.generate(PROMPT, do_sample=False, **LENGTHS)[0, PROMPT.shape[1] :].tolist()
-    assistant = make_assistant(model)
+    assistant = make_oracle(model)
     for start in range(1, 9, 2):
         stop = tokenizer.decode(free[start : start + 2])  # two tokens: they may lie in two blocks
         arguments = {"do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer, **LENGTHS}
@@ -225,10 +232,10 @@ def test_stop_strings(oracle, tokenizer):
         assert expected.shape[1] < PROMPT.shape[1] + len(free)
 
 
-def test_streamers_get_every_token_once_and_in_order(oracle, tokenizer, capsys):
+def test_streamers_get_every_token_once_and_in_order(tokenizer, capsys):
     model = tiny_llama()
     expected = tokenizer.decode(model.generate(PROMPT, do_sample=False, **LENGTHS)[0, PROMPT.shape[1] :])
-    assistant = make_assistant(model)
+    assistant = make_oracle(model)
     model.generate(
         PROMPT,
         do_sample=False,
@@ -243,7 +250,7 @@ def test_streamers_get_every_token_once_and_in_order(oracle, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_scores_and_logits_are_those_of_plain_decoding(do_sample, oracle):
+def test_scores_and_logits_are_those_of_plain_decoding(do_sample):
     model = tiny_llama()
     arguments = {
         "do_sample": do_sample,
@@ -253,7 +260,7 @@ def test_scores_and_logits_are_those_of_plain_decoding(do_sample, oracle):
         "output_logits": True,
         **LENGTHS,
     }
-    assistant = make_assistant(model)
+    assistant = make_oracle(model)
     torch.manual_seed(3)
     expected = model.generate(PROMPT, **arguments)
     torch.manual_seed(3)
@@ -268,9 +275,9 @@ def test_scores_and_logits_are_those_of_plain_decoding(do_sample, oracle):
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("cache_name", CACHE_NAMES)
 @pytest.mark.parametrize("passed_in", [False, True])
-def test_a_second_turn_on_the_returned_cache_equals_a_fresh_run(name, passed_in, cache_name, oracle):
+def test_a_second_turn_on_the_returned_cache_equals_a_fresh_run(name, passed_in, cache_name):
     model = ARCHITECTURES[name]()
-    assistant = make_assistant(model)
+    assistant = make_oracle(model)
     arguments = {"do_sample": False, "assistant_model": assistant, "return_dict_in_generate": True, **LENGTHS}
     cache = {cache_name: DynamicCache(config=model.config)} if passed_in else {}
     first = model.generate(PROMPT, **cache, **arguments)
@@ -286,58 +293,120 @@ def test_a_second_turn_on_the_returned_cache_equals_a_fresh_run(name, passed_in,
     assert plain.tolist() == model.generate(third_prompt, do_sample=False, **LENGTHS).tolist()
 
 
-def test_left_padding(oracle):
+MASKS = {
+    "right": [1] * 9 + [0] * 2,
+    "right, long": [1] * 4 + [0] * 7,
+    "both": [0, 0] + [1] * 7 + [0, 0],
+    "inside": [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1],
+    "inside and right": [0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0],
+    "nothing": [0] * 11,
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masked_tokens_count_as_in_plain_generate(name, mask):
+    """Plain decoding sets a masked token's position to 0 and counts on from the last token, masked or not."""
+    model, mask = ARCHITECTURES[name](), torch.tensor([mask])
+    expected = model.generate(PROMPT, attention_mask=mask, do_sample=False, **LENGTHS)
+    got = model.generate(PROMPT, attention_mask=mask, do_sample=False, assistant_model=make_oracle(model), **LENGTHS)
+    assert got.tolist() == expected.tolist()
+
+
+def test_left_padding():
     model = tiny_llama()
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), PROMPT], dim=1)
     mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(PROMPT)], dim=1)
     expected = model.generate(padded, attention_mask=mask, do_sample=False, **LENGTHS)
-    assistant = make_assistant(model)
+    assistant = make_oracle(model)
     got = model.generate(padded, attention_mask=mask, do_sample=False, assistant_model=assistant, **LENGTHS)
     assert got.tolist() == expected.tolist()
     assert assistant.stats.mean_accepted_length > 2
 
 
-def test_the_future_of_the_last_accepted_node_reaches_the_draft(monkeypatch):
+class WatchedDrafter(NetworkDrafter):
+    """Notes what it had been told, and what its cache held, whenever a tree was started."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.futures, self.rows = [], []
+
+    def step(self, tokens, parents, top_k):
+        future = self.waiting.future
+        children = super().step(tokens, parents, top_k)
+        if parents is None:
+            self.futures.append(future)
+            self.rows.append((self.cache.lengths[0], self.position_ids.item()))
+        return children
+
+
+class WatchedAssistant(ConFuAssistant):
+    def new_drafter(self, target):
+        self.watched = WatchedDrafter(self, target.get_input_embeddings())
+        return self.watched
+
+
+def test_the_future_of_the_last_accepted_node_reaches_the_draft():
     """Without a contemplate token on the node itself, its nearest ancestor's future is used; in EAGLE-3 mode none."""
-    seen = []
-    real = loop.DraftRound.__init__
-
-    def spy(self, *args, future, **kwargs):
-        seen.append(future)
-        real(self, *args, future=future, **kwargs)
-
-    monkeypatch.setattr(loop.DraftRound, "__init__", spy)
     model = tiny_llama()
-    assistant = make_assistant(model)
+    assistant = make_assistant(model, assistant_class=WatchedAssistant)
     model.generate(PROMPT, do_sample=False, assistant_model=assistant, **LENGTHS)
+    seen = assistant.watched.futures
     assert seen[0] is None
     assert all(future is not None and future.shape == (1, 96) for future in seen[1:])
     assert not torch.equal(seen[1], seen[2])
-    seen.clear()
     model.generate(PROMPT, do_sample=False, assistant_model=assistant, contemplate=False, **LENGTHS)
+    seen = assistant.watched.futures
     assert seen and all(future is None for future in seen)
 
 
+@dataclass(frozen=True)
+class EveryThird(FixedPolicy):
+    """Drafts in every third round only."""
+
+    def plan(self, state, history):
+        plan = super().plan(state, history)
+        return plan if len(history) % 3 == 0 else RoundPlan(0, 0, plan.top_k)
+
+
 @pytest.mark.parametrize("contemplate", [True, False])
-def test_the_draft_remembers_every_decided_token(contemplate, monkeypatch):
-    """Its cache has no hole: each round leaves the row it drafted from, and all accepted ones."""
-    seen = []
-    real = loop.DraftRound.__init__
-
-    def spy(self, *args, position_ids, **kwargs):
-        real(self, *args, position_ids=position_ids, **kwargs)
-        seen.append((self.verified_rows, position_ids[0, -1].item()))
-
-    monkeypatch.setattr(loop.DraftRound, "__init__", spy)
+@pytest.mark.parametrize("policy", [FixedPolicy, EveryThird])
+def test_the_draft_remembers_every_decided_token(policy, contemplate):
+    """Its cache has no hole: each round leaves the row it drafted from and all accepted ones, drafting or not."""
     model = tiny_llama()
-    model.generate(PROMPT, do_sample=False, assistant_model=make_assistant(model), contemplate=contemplate, **LENGTHS)
-    assert len(seen) > 3
-    assert all(rows == start for rows, start in seen), "rows 0 .. start - 1 lie in the draft's cache"
+    expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
+    assistant = make_assistant(model, assistant_class=WatchedAssistant)
+    assistant.new_policy = policy
+    got = model.generate(PROMPT, do_sample=False, assistant_model=assistant, contemplate=contemplate, **LENGTHS)
+    assert got.tolist() == expected.tolist()
+    rows = assistant.watched.rows
+    assert len(rows) > 3
+    assert all(committed == start for committed, start in rows), "rows 0 .. start - 1 lie in the draft's cache"
+    if policy is EveryThird:
+        drafted = [record.nodes > 1 for record in assistant.stats.records]
+        assert drafted == [number % 3 == 0 for number in range(len(drafted))][: len(drafted) - 1] + drafted[-1:]
 
 
-def test_stats_count_what_happened(oracle):
+@pytest.mark.parametrize("passed_in", [False, True])
+def test_a_second_turn_starts_the_draft_with_what_it_knew(passed_in):
     model = tiny_llama()
-    assistant = make_assistant(model)
+    assistant = make_assistant(model, assistant_class=WatchedAssistant)
+    arguments = {"do_sample": False, "assistant_model": assistant, "return_dict_in_generate": True, **LENGTHS}
+    cache = DynamicCache(config=model.config) if passed_in else None
+    first = model.generate(PROMPT, **cache_keyword(model, cache), **arguments)
+    returned = first[OUTPUT_CACHE]
+    kept = copy.deepcopy(returned)
+    again = torch.cat([first.sequences, torch.tensor([[9, 31, 4]])], dim=1)
+    model.generate(again, **cache_keyword(model, returned), **arguments)
+    assert assistant.watched.rows[0] == (again.shape[1] - 1,) * 2, "every row of both turns"
+    other = torch.cat([first.sequences[:, 1:], torch.tensor([[9, 31, 4, 5]])], dim=1)
+    model.generate(other, **cache_keyword(model, kept), **arguments)
+    assert assistant.watched.rows[0][0] < 8, "of other ids it knows nothing"
+
+
+def test_stats_count_what_happened():
+    model = tiny_llama()
+    assistant = make_oracle(model)
     model.generate(
         PROMPT,
         do_sample=False,

@@ -10,9 +10,9 @@ from tiny_pairs import DRAFT_VOCAB_SIZE, tiny_pair
 from transformers import AutoModel
 
 from confu_hf import ConFuAssistant, ConFuConfig
-from confu_hf.decoding.drafting import DraftRound
+from confu_hf.decoding.drafting import NetworkDrafter
+from confu_hf.decoding.state import Rows
 from confu_hf.modeling_confu import ConFuDraftModel
-from confu_hf.target.cache import TreeCache
 from confu_hf.training.warm_start import warm_start_from_eagle3
 
 EAGLE3_KEYS = {
@@ -35,23 +35,15 @@ def draft_config(**fields) -> ConFuConfig:
 def draft_chain(draft, target, *, future=None, steps=3, rows=5):
     """Hidden states `(steps, B, d)` of a chain behind `rows` verified rows of random features."""
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, VOCAB_SIZE, (1, rows + steps), generator=generator)
+    tokens = torch.randint(3, VOCAB_SIZE, (1, rows + 1 + steps), generator=generator)
     features = torch.randn(1, rows, 3 * draft.config.hidden_size, generator=generator, dtype=draft.dtype)
     with torch.no_grad():
-        drafting = DraftRound(
-            draft,
-            target.get_input_embeddings(),
-            TreeCache(1),
-            tokens=tokens[:, :rows],
-            features=features,
-            position_ids=torch.arange(rows)[None],
-            future=future,
-            top_k=1,
-        )
+        drafting = NetworkDrafter(draft, target.get_input_embeddings())
+        drafting.observe(None, Rows(tokens[:, 1 : rows + 1], features, torch.arange(rows)[None], future))
         states = []
         for step in range(steps):
             parents = None if step == 0 else torch.zeros(1, 1, dtype=torch.long)
-            drafting.step(tokens[:, rows - 1 + step, None], parents)
+            drafting.step(tokens[:, rows + step, None], parents, 1)
             states.append(drafting.hidden_states[:, 0])
     return torch.stack(states)
 

@@ -10,9 +10,8 @@ from tiny_models import tiny_llama
 from tiny_pairs import tiny_pair
 from torch import nn
 
-from confu_hf.acceleration import packing
+from confu_hf.acceleration import decoding, packing
 from confu_hf.acceleration.packing import PackedLinears
-from confu_hf.decoding import loop
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -67,14 +66,14 @@ def test_only_the_draft_is_rounded(monkeypatch, bfloat16):
     """float32 target and draft: the target's products stay in float32, whatever the CPU can do."""
     target = tiny_llama(dtype=torch.float32)
     confu, asked = tiny_pair(target), {}
-    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda: bfloat16)
-    real = loop.packed_linears
+    monkeypatch.setattr(decoding, "multiplies_bfloat16", lambda: bfloat16)
+    real = decoding.packed_linears
 
     def spy(model, wanted, dtype=None):
         asked[model] = dtype
         return real(model, wanted, dtype)
 
-    monkeypatch.setattr(loop, "packed_linears", spy)
+    monkeypatch.setattr(decoding, "packed_linears", spy)
     target.generate(torch.arange(3, 9)[None], assistant_model=confu, max_new_tokens=3)
     assert asked == {target: None, confu: torch.bfloat16 if bfloat16 else None}
 

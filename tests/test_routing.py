@@ -22,8 +22,8 @@ from transformers import (
 
 from confu_hf import ConFuAssistant
 from confu_hf.adapter.config import ConFuAdapterConfig
-from confu_hf.assistant import routing
 from confu_hf.compat import cache_keyword
+from confu_hf.decoding.policy import FixedPolicy
 
 
 @pytest.fixture
@@ -146,16 +146,15 @@ def test_left_padding(target, confu):
 
 
 @pytest.fixture
-def options_seen(monkeypatch):
+def options_seen(confu):
     """The options that reach the loop."""
     seen = []
 
-    def loop(*args, **kwargs):
-        seen.append(kwargs["options"])
-        return real(*args, **kwargs)
+    def new_policy(options):
+        seen.append(options)
+        return FixedPolicy(options)
 
-    real = routing.confu_generate
-    monkeypatch.setattr(routing, "confu_generate", loop)
+    confu.new_policy = new_policy
     return seen
 
 

@@ -81,9 +81,10 @@ def verify_tree(
     model: PreTrainedModel, tree: DraftTree, nodes: Tensor, prompts: Tensor | None, con: Tensor | None
 ) -> tuple[Verified, TreeCache]:
     ids, mask, positions = prompt()
-    cache = TreeCache(NUM_LAYERS, prompts, block_size=8)
+    cache = TreeCache(NUM_LAYERS, prompts, capacity=8)
     prefill(model, ids, cache, LAYER_IDS, attention_mask=mask)
-    layout = verify_layout(tree, nodes, committed_position_ids=positions, soft_prompt_length=cache.soft_prompt_length)
+    cache.set_mask(mask)
+    layout = verify_layout(tree, nodes, slot_position_ids=positions, soft_prompt_length=cache.soft_prompt_length)
     return verify(model, layout, con, cache, LAYER_IDS), cache
 
 
@@ -171,25 +172,34 @@ def test_contemplate_tokens_do_not_see_each_other(name):
 
 
 @targets
-def test_kept_path_leaves_the_cache_of_a_plain_forward(name):
+@pytest.mark.parametrize("paths", [[[0, 1, 3, 6], [0, 1, 2, 4]], [[0, 1, 3, 6], [0, 1]], [[0], [0, 1, 2, 4]]])
+def test_kept_path_leaves_the_cache_of_a_plain_forward(name, paths):
+    """Also where the rows of a batch accept different numbers of tokens."""
     model, tree = ARCHITECTURES[name](), random_tree()
     _, cache = verify_tree(model, tree, SOME_NODES, soft_prompts(), embedding())
-    path = torch.tensor([[0, 1, 3, 6], [0, 1, 2, 4]])
-    assert [path_to(tree, b, int(path[b, -1])) for b in range(2)] == path.tolist()
-    cache.keep_path(path)
-    accepted = [torch.cat([c, tree.tokens[b, path[b]]]) for b, c in enumerate(contexts())]
+    assert [path_to(tree, b, path[-1]) for b, path in enumerate(paths)] == paths
+    width = max(map(len, paths))
+    padded = torch.tensor([path + [-1] * (width - len(path)) for path in paths])
+    cache.keep_path(padded, [len(path) for path in paths])
+    accepted = [torch.cat([c, tree.tokens[b, paths[b]]]) for b, c in enumerate(contexts())]
     for row, tokens in enumerate(accepted):
         reference = DynamicCache()
         prefill(model, tokens[None], reference, LAYER_IDS)
+        end = cache.lengths[row]
         for layer, expected in zip(cache.layers, reference.layers, strict=True):
             stored = expected.keys.shape[2]
-            torch.testing.assert_close(layer.keys[row, :, -stored:], expected.keys[0], **EXACT)
-            torch.testing.assert_close(layer.values[row, :, -stored:], expected.values[0], **EXACT)
+            torch.testing.assert_close(layer.keys[row, :, end - stored : end], expected.keys[0], **EXACT)
+            torch.testing.assert_close(layer.values[row, :, end - stored : end], expected.values[0], **EXACT)
 
-    first = prompt()[2]
-    positions = torch.cat([first, first.amax(dim=1, keepdim=True) + torch.arange(1, path.shape[1] + 1)], dim=1)
     following = random_tree(seed=7)
-    layout = verify_layout(following, ALL_NODES, committed_position_ids=positions, soft_prompt_length=PROMPTS)
+    layout = verify_layout(
+        following,
+        ALL_NODES,
+        slot_position_ids=cache.slot_position_ids,
+        soft_prompt_length=PROMPTS,
+        lengths=cache.lengths,
+        root_places=cache.next_positions(),
+    )
     verified = verify(model, layout, embedding(), cache, LAYER_IDS)
     assert_nodes_match_plain_decoding(model, following, verified, accepted)
 
@@ -215,7 +225,7 @@ def test_training_anchors_are_the_futures_of_inference(name, kind):
             root = ids[row : row + 1, anchor : anchor + 1]
             tree = DraftTree(tokens=root, parents=zeros - 1, depths=zeros, log_probs=zeros.double())
             layout = verify_layout(
-                tree, zeros, committed_position_ids=torch.arange(anchor)[None], soft_prompt_length=PROMPTS
+                tree, zeros, slot_position_ids=torch.arange(anchor)[None], soft_prompt_length=PROMPTS
             )
             verified = verify(model, layout, con[row : row + 1, k], cache, LAYER_IDS)
             torch.testing.assert_close(futures[row, k], verified.futures[0, 0], **EXACT)
@@ -278,8 +288,8 @@ def test_prefill_continues_a_cache():
 def test_a_layout_for_another_cache_is_refused():
     model, tree = tiny_llama(), random_tree()
     cache = TreeCache(NUM_LAYERS, soft_prompts())
-    layout = verify_layout(tree, SOME_NODES, committed_position_ids=prompt()[2], soft_prompt_length=PROMPTS)
-    with pytest.raises(ValueError, match="for 5 soft prompts and 27 key slots, expected 5 and 16"):
+    layout = verify_layout(tree, SOME_NODES, slot_position_ids=prompt()[2], soft_prompt_length=PROMPTS)
+    with pytest.raises(ValueError, match="for 5 soft prompts and 27 slots, expected 5 and 16"):
         verify(model, layout, embedding(), cache, LAYER_IDS)
     with pytest.raises(ValueError, match="3 contemplate tokens, but contemplate_embedding is None"):
         verify(model, layout, None, cache, LAYER_IDS)

@@ -7,7 +7,8 @@ import torch
 from tiny_models import ARCHITECTURES, NUM_LAYERS, keep_softmax_in_float64, tiny_llama
 from tiny_pairs import conversations, tiny_pair
 
-from confu_hf.decoding.drafting import DraftRound
+from confu_hf.decoding.drafting import NetworkDrafter
+from confu_hf.decoding.state import Rows
 from confu_hf.target.cache import TreeCache
 from confu_hf.target.passes import prefill, verify
 from confu_hf.target.soft_prompts import soft_prompt_key_values
@@ -84,26 +85,23 @@ def decoded_round(target, draft, tokens, row: int, lag: int):
     layout = verify_layout(
         chain(tokens[:, known : row + 1]),
         nodes,
-        committed_position_ids=torch.arange(known)[None],
+        slot_position_ids=torch.arange(known)[None],
         soft_prompt_length=cache.soft_prompt_length,
     )
     embedding = target.confu.contemplate_embedding(features[:, -1]) if contemplate else None
     verified = verify(target, layout, embedding, cache, ids)
-    drafting = DraftRound(
-        draft,
-        target.get_input_embeddings(),
-        TreeCache(1),
-        tokens=tokens[:, 1 : row + 2],
-        features=torch.cat([features, verified.features], dim=1),
-        position_ids=torch.arange(row + 1)[None],
-        future=verified.futures[:, 0] if contemplate else None,
-        top_k=1,
-    )
+    drafter = NetworkDrafter(draft, target.get_input_embeddings())
+    everything = torch.cat([features, verified.features], dim=1)
+    future = verified.futures[:, 0] if contemplate else None
+    # Told in two parts, as decoding tells it: rows that it has not read wait.
+    for part in (slice(0, known), slice(known, row + 1)):
+        positions = torch.arange(row + 1)[None, part]
+        drafter.observe(None, Rows(tokens[:, 1 : row + 2][:, part], everything[:, part], positions, future))
     outputs = []
     for step in range(min(STEPS, tokens.shape[1] - row - 1)):
         parents = None if step == 0 else torch.zeros(1, 1, dtype=torch.long)
-        drafting.step(tokens[:, row + 1 + step, None], parents)
-        outputs.append(draft.norm(drafting.hidden_states[0, 0]))
+        drafter.step(tokens[:, row + 1 + step, None], parents, 1)
+        outputs.append(draft.norm(drafter.hidden_states[0, 0]))
     return torch.stack(outputs)
 
 

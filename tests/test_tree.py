@@ -33,7 +33,7 @@ class TableDraft:
         log_probs = sorted((-rng.randrange(9) / 4 for _ in tokens), reverse=True)
         return tokens, log_probs
 
-    def __call__(self, tokens, parents):
+    def __call__(self, tokens, parents, top_k):
         self.widths.append(tokens.shape[1])
         if parents is None:
             self.paths = [[(token,) for token in row] for row in tokens.tolist()]
@@ -102,7 +102,7 @@ parent_lists = st.lists(st.integers(0, 10**6), max_size=14).map(
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 5), st.integers(0, 40))
 def test_grow_tree_is_eagle2(seed, top_k, depth, total_tokens):
     roots = [7, 3, 7]
-    tree = grow_tree(TableDraft(seed, top_k), torch.tensor(roots), total_tokens=total_tokens, depth=depth)
+    tree = grow_tree(TableDraft(seed, top_k), torch.tensor(roots), total_tokens=total_tokens, depth=depth, top_k=top_k)
     for row, root in enumerate(roots):
         reference = eagle2_reference(TableDraft(seed, top_k), root, total_tokens, depth)
         assert node_paths(tree, row) == [path for path, _ in reference]
@@ -114,7 +114,7 @@ def test_grow_tree_is_eagle2(seed, top_k, depth, total_tokens):
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5), st.integers(0, 40))
 def test_tree_invariants(seed, top_k, depth, total_tokens):
     draft = TableDraft(seed, top_k)
-    tree = grow_tree(draft, torch.tensor([1, 2]), total_tokens=total_tokens, depth=depth)
+    tree = grow_tree(draft, torch.tensor([1, 2]), total_tokens=total_tokens, depth=depth, top_k=draft.top_k)
     num_candidates = top_k + (depth - 1) * top_k**2
     assert tree.tokens.shape == (2, 1 + min(total_tokens, num_candidates))
     assert tree.parents[:, 0].tolist() == [-1, -1]
@@ -132,8 +132,8 @@ def test_tree_invariants(seed, top_k, depth, total_tokens):
 )
 def test_a_threshold_only_leaves_out_nodes_below_it(seed, top_k, depth, total_tokens, threshold):
     root, draft = torch.tensor([7]), TableDraft(seed, top_k)
-    tree = grow_tree(draft, root, total_tokens=total_tokens, depth=depth, confidence_threshold=threshold)
-    whole = grow_tree(TableDraft(seed, top_k), root, total_tokens=total_tokens, depth=depth)
+    tree = grow_tree(draft, root, total_tokens=total_tokens, depth=depth, top_k=top_k, confidence_threshold=threshold)
+    whole = grow_tree(TableDraft(seed, top_k), root, total_tokens=total_tokens, depth=depth, top_k=top_k)
     wanted = [node for node, log_prob in enumerate(whole.log_probs[0].tolist()) if log_prob >= math.log(threshold)]
     paths = node_paths(whole, 0)
     assert node_paths(tree, 0) == [paths[node] for node in wanted]
@@ -142,7 +142,7 @@ def test_a_threshold_only_leaves_out_nodes_below_it(seed, top_k, depth, total_to
 
 
 def test_drafting_stops_where_no_further_node_could_stay():
-    def halves(tokens, parents):
+    def halves(tokens, parents, top_k):
         calls.append(tokens.shape[1])
         return torch.tensor([[[1, 2]]]).expand(1, tokens.shape[1], 2), torch.full(
             (1, tokens.shape[1], 2), math.log(0.5)
@@ -150,7 +150,9 @@ def test_drafting_stops_where_no_further_node_could_stay():
 
     for threshold, total_tokens, steps, nodes in [(0.3, 30, 2, 2), (0.2, 30, 3, 6), (0.2, 2, 1, 2), (0.6, 30, 1, 0)]:
         calls = []
-        tree = grow_tree(halves, torch.tensor([5]), total_tokens=total_tokens, depth=9, confidence_threshold=threshold)
+        tree = grow_tree(
+            halves, torch.tensor([5]), total_tokens=total_tokens, depth=9, top_k=2, confidence_threshold=threshold
+        )
         assert (len(calls), tree.tokens.shape[1]) == (steps, nodes + 1)
 
 
@@ -158,12 +160,12 @@ def test_drafting_stops_where_no_further_node_could_stay():
 @given(st.integers(0, 10**6), st.integers(1, 30))
 def test_batch_equals_its_rows_alone(seed, total_tokens):
     def grow(roots):
-        return grow_tree(TableDraft(seed, 3), torch.tensor(roots), total_tokens=total_tokens, depth=4)
+        return grow_tree(TableDraft(seed, 3), torch.tensor(roots), total_tokens=total_tokens, depth=4, top_k=3)
 
     def pipeline(tree, committed):
         nodes = likeliest_ends(tree, 3)
-        layout = verify_layout(tree, nodes, committed_position_ids=committed, soft_prompt_length=2)
-        fields = [layout.tokens, layout.position_ids, layout.key_position_ids, layout.mask]
+        layout = verify_layout(tree, nodes, slot_position_ids=committed, soft_prompt_length=2)
+        fields = [layout.tokens, layout.position_ids, layout.key_places, layout.mask]
         return [tree.parents, tree.log_probs, nodes, nearest_contemplated(tree, nodes), *fields]
 
     committed = torch.tensor([[-1, -1, 0, 1], [0, 1, 2, 3], [-1, 0, -1, 1]])
@@ -175,32 +177,32 @@ def test_batch_equals_its_rows_alone(seed, total_tokens):
 
 
 def test_certain_children_never_overtake_their_parents():
-    def certain(tokens, parents):
+    def certain(tokens, parents, top_k):
         # Two children each: a certain one, a hair above log 1 as rounding may leave it, and an impossible one.
         log_probs = torch.tensor([1e-6, -torch.inf]).expand(*tokens.shape, 2)
         return torch.stack([tokens + 1, tokens + 100], dim=-1), log_probs
 
     for total_tokens in range(1, 8):
-        tree = grow_tree(certain, torch.tensor([0]), total_tokens=total_tokens, depth=5)
+        tree = grow_tree(certain, torch.tensor([0]), total_tokens=total_tokens, depth=5, top_k=2)
         assert tuple(range(min(total_tokens, 5) + 1)) in node_paths(tree, 0)
         assert (tree.parents[0] < torch.arange(total_tokens + 1)).all()
 
 
 def test_half_precision_log_probs_are_added_in_float32():
-    def half(tokens, parents):
+    def half(tokens, parents, top_k):
         return tokens.unsqueeze(-1) + 1, torch.full((*tokens.shape, 1), -1.0, dtype=torch.bfloat16)
 
-    tree = grow_tree(half, torch.tensor([0]), total_tokens=300, depth=300)
+    tree = grow_tree(half, torch.tensor([0]), total_tokens=300, depth=300, top_k=1)
     assert tree.log_probs.dtype == torch.float32
     assert tree.log_probs[0, -1].item() == -300.0  # bfloat16 has no 257 and would stop counting at 256
 
 
 @pytest.mark.parametrize("total_tokens, depth", [(0, 3), (4, 0)])
 def test_a_tree_of_only_the_root(total_tokens, depth):
-    def no_draft(tokens, parents):
+    def no_draft(tokens, parents, top_k):
         raise AssertionError("the draft must not run")
 
-    tree = grow_tree(no_draft, torch.tensor([5, 6]), total_tokens=total_tokens, depth=depth)
+    tree = grow_tree(no_draft, torch.tensor([5, 6]), total_tokens=total_tokens, depth=depth, top_k=2)
     assert tree.tokens.tolist() == [[5], [6]] and tree.parents.tolist() == [[-1], [-1]]
     assert tree.depths.tolist() == [[0], [0]] and tree.log_probs.tolist() == [[0.0], [0.0]]
     assert tree.ancestor_mask().tolist() == [[[True]], [[True]]]
@@ -209,7 +211,7 @@ def test_a_tree_of_only_the_root(total_tokens, depth):
 
 def test_one_drafted_node():
     draft = TableDraft(0, 3)
-    tree = grow_tree(draft, torch.tensor([5]), total_tokens=1, depth=1)
+    tree = grow_tree(draft, torch.tensor([5]), total_tokens=1, depth=1, top_k=3)
     assert tree.tokens.tolist() == [[5, draft.children((5,))[0][0]]]
     assert tree.parents.tolist() == [[-1, 0]] and draft.widths == [1]
 
@@ -283,13 +285,13 @@ def test_layout_follows_the_rules(parents, count, soft, filled):
     committed = [sum(filled[:i]) if full else -1 for i, full in enumerate(filled)]
     nodes = likeliest_ends(tree, count)
     layout = verify_layout(
-        tree, nodes, committed_position_ids=torch.tensor([committed], dtype=torch.long), soft_prompt_length=soft
+        tree, nodes, slot_position_ids=torch.tensor([committed], dtype=torch.long), soft_prompt_length=soft
     )
     root = sum(filled)  # positions 0 .. root - 1 are committed
     owners = list(range(num_nodes)) + nodes[0].tolist()
     positions = [root + tree.depths[0, n].item() + (row >= num_nodes) for row, n in enumerate(owners)]
     assert layout.position_ids.tolist() == [positions]
-    assert layout.key_position_ids.tolist() == [[-1] * soft + committed + positions]
+    assert layout.key_places.tolist() == [[-1] * soft + committed + positions]
     assert layout.mask.shape == (1, len(owners), soft + num_committed + len(owners))
     for row, owner in enumerate(owners):
         contemplates = row >= num_nodes
@@ -303,9 +305,9 @@ def test_layout_follows_the_rules(parents, count, soft, filled):
 def test_layout_of_a_batch_with_rows_of_different_length():
     trees = stack_trees([make_tree([-1, 0, 1]), make_tree([-1, 0, 0])])
     committed = torch.tensor([[-1, -1, 0], [0, 1, 2]])
-    layout = verify_layout(trees, torch.tensor([[2], [0]]), committed_position_ids=committed, soft_prompt_length=1)
+    layout = verify_layout(trees, torch.tensor([[2], [0]]), slot_position_ids=committed, soft_prompt_length=1)
     assert layout.position_ids.tolist() == [[1, 2, 3, 4], [3, 4, 4, 4]]
-    assert layout.key_position_ids[:, :4].tolist() == [[-1, -1, -1, 0], [-1, 0, 1, 2]]
+    assert layout.key_places[:, :4].tolist() == [[-1, -1, -1, 0], [-1, 0, 1, 2]]
 
 
 def render(layout, committed, contemplate_nodes):
@@ -334,7 +336,7 @@ def test_the_drawing_in_the_docstring_is_the_mask():
     layout = verify_layout(
         make_tree([-1, 0, 0, 1]),
         torch.tensor([contemplate_nodes]),
-        committed_position_ids=torch.tensor([committed]),
+        slot_position_ids=torch.tensor([committed]),
         soft_prompt_length=2,
     )
     documented = [line.strip() for line in inspect.getdoc(verify_layout).splitlines()]
@@ -346,12 +348,12 @@ def test_the_drawing_in_the_docstring_is_the_mask():
 
 def test_errors_tell_what_was_got_and_expected():
     tree = make_tree([-1, 0])
-    with pytest.raises(ValueError, match="got total_tokens=-1 and depth=2; expected both"):
-        grow_tree(TableDraft(0, 2), torch.tensor([1]), total_tokens=-1, depth=2)
+    with pytest.raises(ValueError, match="got total_tokens=-1 and depth=2, expected both"):
+        grow_tree(TableDraft(0, 2), torch.tensor([1]), total_tokens=-1, depth=2, top_k=2)
     with pytest.raises(ValueError, match="got count=-1 .*expected 0 or more"):
         likeliest_ends(tree, -1)
-    with pytest.raises(ValueError, match=r"got a tree of shapes .*'parents': \(1, 1\).*expected all of them equal"):
+    with pytest.raises(ValueError, match=r"DraftTree: got shapes .*'parents': \(1, 1\).*expected all of them equal"):
         DraftTree(tokens=tree.tokens, parents=tree.parents[:, :1], depths=tree.depths, log_probs=tree.log_probs)
     no_slots = torch.zeros(2, 0, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"committed_position_ids \(2, 0\).*expected the same batch size"):
-        verify_layout(tree, no_slots[:1], committed_position_ids=no_slots, soft_prompt_length=0)
+    with pytest.raises(ValueError, match=r"slot_position_ids \(2, 0\).*expected the same batch size"):
+        verify_layout(tree, no_slots[:1], slot_position_ids=no_slots, soft_prompt_length=0)

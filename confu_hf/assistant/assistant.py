@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,14 @@ from ..adapter.config import ConFuAdapterConfig
 from ..adapter.files import corrupted, load_adapter_folder, save_adapter_folder
 from ..adapter.tuner import on_injection
 from ..configuration_confu import ConFuConfig
+from ..decoding.contemplation import Contemplator
+from ..decoding.drafting import Drafter, NetworkDrafter
+from ..decoding.policy import FixedPolicy, Policy
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
 from ..hub.pair import ADAPTER_FOLDER, check_draft_files, find_adapter, hub_arguments
 from ..modeling_confu import ConFuDraftModel
-from ..options import ConFuGenerationConfig
+from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
 from .routing import route, unroute
@@ -189,10 +191,18 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """The model that this assistant is attached to, if any."""
         return None if self._attachment is None else self._attachment.target
 
-    def adapter_in_use(self, target: PreTrainedModel) -> AbstractContextManager:
-        """Inside, the adapter of this assistant is the active one: two pairs can share a target."""
-        name = self.adapter_name(target)
-        return nullcontext() if name is None else confu_layer(target).activated(name)
+    def new_drafter(self, target: PreTrainedModel) -> Drafter:
+        """Who drafts in one call of `generate`. Override it to draft in another way."""
+        return NetworkDrafter(self, target.get_input_embeddings())
+
+    def new_policy(self, options: TreeOptions) -> Policy:
+        """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
+        return FixedPolicy(options)
+
+    def contemplator(self, target: PreTrainedModel) -> Contemplator:
+        """Contemplation with this assistant's own adapter, or with the target's active one."""
+        layer = confu_layer(target)
+        return Contemplator(target, layer, self.adapter_name(target) or layer.current)
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""

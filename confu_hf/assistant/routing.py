@@ -16,9 +16,9 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .. import compat
-from ..decoding.loop import confu_generate
+from ..decoding.loop import Decoder, confu_generate
 from ..errors import refusal
-from ..options import OPTION_ARGUMENTS
+from ..options import OPTION_ARGUMENTS, TreeOptions
 from ..target.support import check_supported
 from .checks import check_adapter, check_inputs, check_pair, check_placement, check_strategy, is_confu, resolve_options
 
@@ -52,20 +52,41 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             check_adapter(assistant.config, self, assistant.adapter_name(self))
         return options
 
-    def decode(self, assistant, checked, inputs: dict[str, Any], *, input_ids, synced_gpus, **arguments: Any):
+    def decode(
+        self,
+        assistant,
+        checked: TreeOptions,
+        inputs: dict[str, Any],
+        *,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus,
+        streamer,
+    ):
         """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
         cache, inputs = compat.split_cache(inputs)
         check_inputs(input_ids, cache, inputs, synced_gpus)
-        with assistant.adapter_in_use(self):
-            output, assistant.stats = confu_generate(
-                self,
-                assistant,
-                input_ids,
-                options=checked,
-                attention_mask=inputs.get("attention_mask"),
-                cache=cache,
-                **arguments,
-            )
+        decoder = Decoder(
+            self,
+            assistant.config.target_layer_ids,
+            assistant.new_drafter(self),
+            assistant.new_policy(checked),
+            assistant.contemplator(self) if checked.contemplate else None,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+        )
+        output, assistant.stats = confu_generate(
+            decoder,
+            input_ids,
+            generation_config,
+            streamer,
+            attention_mask=inputs.get("attention_mask"),
+            cache=cache,
+            pack_weights=checked.pack_weights,
+        )
         return output
 
     def __reduce_ex__(self, protocol):

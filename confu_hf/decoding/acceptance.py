@@ -4,29 +4,33 @@ The walk asks at every node for ONE token, with the call, the float type and the
 and follows it if it is a child of the node. So the text, greedy or sampled, is that of plain decoding, whatever was
 drafted.
 
-It gets logits that are already computed; the forward pass is left to target.py, the cache rows to cache.py.
+It gets logits that are already computed; the forward pass is target/passes.py's, the cache's rows target/cache.py's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ..errors import refusal
 from ..tree.draft_tree import DraftTree
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What one round decided. P tokens are emitted, at least one.
+    """What one round decided. Row `b` emits `counts[b]` tokens: at least one, or none if it had ended before.
 
     Attributes:
-        path: (B, P) long, accepted nodes from the root (column 0) down. Emitted token i is the target's choice at node
-            `path[:, i]`.
-        tokens: (B, P) long, emitted tokens: those of nodes `path[:, 1:]`, then one that follows the last node.
-        finished: a stopping criterion fired on the last emitted token; `path` then ends at the node it follows.
+        path: (B, P) long, accepted nodes from the root (column 0) down, padded with -1. Emitted token i is the target's
+            choice at node `path[:, i]`.
+        tokens: (B, P) long, emitted tokens, padded with -1: those of nodes `path[:, 1:]`, then one that follows the
+            last node.
+        counts: tokens emitted by each row.
+        finished: whether a stopping criterion fired on the last emitted token; `path` then ends at the node it follows.
         scores: one (B, V) float32 per emitted token, after the processors; empty unless recorded.
         raw_logits: the same before the processors.
 
@@ -35,7 +39,24 @@ class Acceptance:
 
     path: Tensor
     tokens: Tensor
-    finished: bool
+    counts: tuple[int, ...]
+    finished: tuple[bool, ...]
+    scores: tuple[Tensor, ...] = ()
+    raw_logits: tuple[Tensor, ...] = ()
+
+    @property
+    def counts_tensor(self) -> Tensor:
+        """`counts` as (B,) long."""
+        return torch.tensor(self.counts, device=self.path.device)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The walk of one row: nodes passed, tokens emitted, whether it ended."""
+
+    path: list[int]
+    tokens: list[int]
+    finished: bool = False
     scores: tuple[Tensor, ...] = ()
     raw_logits: tuple[Tensor, ...] = ()
 
@@ -62,40 +83,75 @@ def accept(
     processors: LogitsProcessorList,
     do_sample: bool,
     stopping_criteria: StoppingCriteriaList,
+    lengths: Sequence[int] | None = None,
+    finished: Sequence[bool] | None = None,
     record: bool = False,
     past_scores: tuple[Tensor, ...] | None = (),
 ) -> Acceptance:
-    """Walk the tree from its root along the target's own choices.
+    """Walk each tree from its root along the target's own choices.
 
     Args:
-        tree: the verified tree; B must be 1.
+        tree: the verified trees.
         logits: (B, T+1, V), the target's logits at every node, any float type.
-        input_ids: (B, n) long, all decided tokens; the last one is the root's.
+        input_ids: (B, n) long, all decided tokens. lengths: how many each row has; None = n. The last one is the
+            root's.
         processors: called once per emitted token, with the ids up to the node and that node's logits in float32.
         do_sample: draw from the processed distribution, or take its argmax.
         stopping_criteria: asked after every emitted token, with the ids including it.
-        record: return scores and raw logits.
+        finished: rows that have ended and emit nothing; None = none.
+        record: return scores and raw logits (one row only).
         past_scores: scores of earlier rounds, so that the criteria see all of them as in plain `generate`. They see
             None if it is None, or if nothing is recorded.
 
     Raises:
-        ValueError: if B is not 1 or the shapes do not fit each other.
+        ValueError: if the shapes do not fit each other.
     """
-    if input_ids.shape[0] != 1 or tree.tokens.shape[0] != 1 or logits.shape[:2] != tree.tokens.shape:
-        raise ValueError(
-            f"got a tree of shape {tuple(tree.tokens.shape)}, logits {tuple(logits.shape)}, input_ids "
-            f"{tuple(input_ids.shape)}; expected batch size 1 and one row of logits per node"
+    if logits.shape[:2] != tree.tokens.shape or len(input_ids) != len(tree.tokens):
+        raise refusal(
+            "accept",
+            got=f"trees of shape {tuple(tree.tokens.shape)}, logits {tuple(logits.shape)}, input_ids "
+            f"{tuple(input_ids.shape)}",
+            expected="one row of logits per node and one row of ids per tree",
+            fix="Pass the trees that were verified.",
         )
+    lengths = [input_ids.shape[1]] * len(input_ids) if lengths is None else lengths
+    finished = [False] * len(input_ids) if finished is None else finished
+    tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
+    choices = None
     # On a CPU waiting costs nothing, and an argmax over the whole vocabulary pays only at nodes the walk comes to.
     if logits.device.type != "cpu" and not (do_sample or record or processors):
-        return accept_greedy(tree, logits, input_ids, stopping_criteria)
-    return accept_stepwise(
-        tree, logits, input_ids, processors, Sampler(do_sample), stopping_criteria, record, past_scores
+        choices = greedy_choices(logits)
+    walks = []
+    for row, length in enumerate(lengths):
+        children, ids = _children(tokens[row], parents[row]), input_ids[row : row + 1, :length]
+        if finished[row]:
+            walks.append(_Walk([], [], True))
+        elif choices is not None:
+            walks.append(walk_greedily(children, choices[row], ids, stopping_criteria))
+        else:
+            rules = (processors, Sampler(do_sample), stopping_criteria, record, past_scores)
+            walks.append(walk_stepwise(children, logits[row : row + 1], ids, *rules))
+    return _gather(walks, tree.tokens.device)
+
+
+def _gather(walks: list[_Walk], device: torch.device) -> Acceptance:
+    width = max(len(walk.path) for walk in walks)
+    path, tokens = (
+        torch.tensor([values + [-1] * (width - len(values)) for values in lists], dtype=torch.long, device=device)
+        for lists in ([walk.path for walk in walks], [walk.tokens for walk in walks])
+    )
+    return Acceptance(
+        path=path,
+        tokens=tokens,
+        counts=tuple(len(walk.path) for walk in walks),
+        finished=tuple(walk.finished for walk in walks),
+        scores=walks[0].scores,
+        raw_logits=walks[0].raw_logits,
     )
 
 
-def accept_stepwise(
-    tree: DraftTree,
+def walk_stepwise(
+    children: dict[tuple[int, int], int],
     logits: Tensor,
     input_ids: Tensor,
     processors: LogitsProcessorList,
@@ -103,13 +159,16 @@ def accept_stepwise(
     stopping_criteria: StoppingCriteriaList,
     record: bool = False,
     past_scores: tuple[Tensor, ...] | None = (),
-) -> Acceptance:
-    """The walk for any processors and any way to draw: plain decoding's loop body, once per node. See `accept`."""
-    children = _children(*torch.stack([tree.tokens[0], tree.parents[0]]).tolist())
+) -> _Walk:
+    """The walk for any processors and any way to draw: plain decoding's loop body, once per node.
+
+    Args:
+        children: node by (parent, token). logits: (1, T+1, V). input_ids: (1, n). The others: see [`accept`].
+    """
     num_past = input_ids.shape[1]
     # A path emits at most one token per node. Views of one buffer spare a copy of all ids per token.
-    ids = torch.cat([input_ids, input_ids.new_empty(tree.tokens.shape)], dim=1)
-    path, scores, raw_logits, finished = [], (), (), False
+    ids = torch.cat([input_ids, input_ids.new_empty(1, logits.shape[1])], dim=1)
+    path, tokens, scores, raw_logits, finished = [], [], (), (), False
     node: int | None = 0
     while node is not None and not finished:
         path.append(node)
@@ -122,42 +181,37 @@ def accept_stepwise(
         ids[:, end - 1] = sampler(node_scores)
         seen_scores = past_scores + scores if record and past_scores is not None else None
         finished = bool(stopping_criteria(ids[:, :end], seen_scores).all())
-        node = children.get((node, ids[0, end - 1].item()))
-    return Acceptance(
-        path=torch.tensor([path], device=tree.tokens.device),
-        tokens=ids[:, num_past:end],
-        finished=finished,
-        scores=scores,
-        raw_logits=raw_logits,
-    )
+        tokens.append(ids[0, end - 1].item())
+        node = children.get((node, tokens[-1]))
+    return _Walk(path, tokens, finished, scores, raw_logits)
 
 
-def accept_greedy(
-    tree: DraftTree, logits: Tensor, input_ids: Tensor, stopping_criteria: StoppingCriteriaList
-) -> Acceptance:
-    """The walk where each choice depends on that node's logits alone: all nodes at once, the host waits once.
-
-    See `accept` for the arguments.
-    """
+def greedy_choices(logits: Tensor) -> list[list[int]]:
+    """The target's choice at every node, where it depends on that node's logits alone; the host waits once."""
     if logits.dtype == torch.float64:
         logits = logits.float()  # plain decoding rounds before its argmax, which can make a tie
-    choices = logits.argmax(dim=-1).to(tree.tokens.device)
-    choices, tokens, parents = torch.stack([choices[0], tree.tokens[0], tree.parents[0]]).tolist()
-    children = _children(tokens, parents)
+    return logits.argmax(dim=-1).tolist()
+
+
+def walk_greedily(
+    children: dict[tuple[int, int], int],
+    choices: list[int],
+    input_ids: Tensor,
+    stopping_criteria: StoppingCriteriaList,
+) -> _Walk:
+    """The walk along `choices`, one per node. See [`walk_stepwise`] for the other arguments."""
     path = [0]
     while (child := children.get((path[-1], choices[path[-1]]))) is not None:
         path.append(child)
-    emitted = torch.tensor([[choices[node] for node in path]], device=input_ids.device)
-
-    finished = False
+    tokens, finished = [choices[node] for node in path], False
     if stopping_criteria:
-        ids = torch.cat([input_ids, emitted], dim=1)
+        ids = torch.cat([input_ids, torch.tensor([tokens], device=input_ids.device)], dim=1)
         for num_emitted in range(1, len(path) + 1):
             finished = bool(stopping_criteria(ids[:, : input_ids.shape[1] + num_emitted], None).all())
             if finished:
-                path, emitted = path[:num_emitted], emitted[:, :num_emitted]
+                path, tokens = path[:num_emitted], tokens[:num_emitted]
                 break
-    return Acceptance(path=torch.tensor([path], device=tree.tokens.device), tokens=emitted, finished=finished)
+    return _Walk(path, tokens, finished)
 
 
 def _children(tokens: list[int], parents: list[int]) -> dict[tuple[int, int], int]:

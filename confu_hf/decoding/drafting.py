@@ -1,98 +1,188 @@
-"""The draft's side of a round: what it reads from the last one, and the `step` that grows the tree.
+"""What drafts: the `Drafter` that the loop asks for children, and the one that is a network.
 
-Which nodes are expanded is decided in tree.py; the network is modeling_confu.py's.
+A drafter is told what every round decided (`observe`), and grows the tree when it is asked (`step`). Rows that it was
+told of wait until it drafts. Which nodes are expanded is decided in tree/growing.py; the network is modeling_confu.py's.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
 
 from ..modeling_confu import ConFuDraftModel
-from ..target.cache import TreeCache
+from ..target.cache import Slots, TreeCache
+from .state import DecodingState, Rows
+
+MEMORY = "confu_draft_memory"  # the attribute of a cache
 
 
-class DraftRound:
-    """Writes the waiting rows into the draft's cache, then drafts one layer of the tree per [`step`].
+class Drafter:
+    """Proposes tokens. A lookup table is one, so is an oracle in a test."""
 
-    Slots of the draft's cache during a round: [rows 0..v-1 | future token, if there is one | start row v | drafted
-    rows]. All behind the rows `0..v-1` is dropped by [`close`]; row `v` comes again, first among the waiting rows of
-    the next round.
+    network: PreTrainedModel | None = None  # the module that drafts, if one does
 
-    Args:
-        embed_tokens: the target's token embeddings.
-        cache: the draft's own, of one layer; holds the verified rows before the waiting ones.
-        tokens: `(B, R)` long, `x_{i+1}` of the waiting rows; the last row starts the draft.
-        features: `(B, R, 3 d)`, `F_i`. position_ids: `(B, R)` long.
-        future: `(B, 3 d)`, `f_v`, or None.
-        top_k: children considered for each row.
+    def recall(self, cache: Cache | None, input_ids: Tensor) -> None:
+        """Told before prefill: the cache that the call goes on from, and its ids. Nothing, unless overridden."""
+
+    def remember(self, cache: Cache, input_ids: Tensor) -> None:
+        """Told at the end: the cache that is returned, and all ids. Nothing, unless overridden."""
+
+    def observe(self, state: DecodingState, rows: Rows) -> None:
+        """Told after prefill and after every round: the state now, and the rows that are new."""
+        raise NotImplementedError
+
+    def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+        """[`tree.growing.DraftStep`]; `parents` None starts a new tree."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DraftMemory:
+    """What a draft knows of the tokens in a cache, kept with that cache so that a next turn can go on from it.
+
+    Attributes:
+        draft_key: of which draft. input_ids: `(1, n)` long, all ids; the last one is not in the cache yet.
+        cache: the draft's own. waiting: rows that it has not read.
     """
 
-    def __init__(
-        self,
-        draft: ConFuDraftModel,
-        embed_tokens: nn.Module,
-        cache: TreeCache,
-        *,
-        tokens: Tensor,
-        features: Tensor,
-        position_ids: Tensor,
-        future: Tensor | None,
-        top_k: int,
-    ):
-        self.draft, self.embed_tokens, self.cache = draft, embed_tokens, cache
-        self.top_k = min(top_k, draft.config.draft_vocab_size)
+    draft_key: str
+    input_ids: Tensor
+    cache: TreeCache
+    waiting: Rows
+
+
+class NetworkDrafter(Drafter):
+    """Writes the waiting rows into the draft's cache, then drafts one layer of the tree per [`step`].
+
+    Slots of the draft's cache in a round, for every batch row, if `v` is the newest row:
+
+        rows 0 .. v-1, committed | future token, if there is one | start row v | drafted rows, layer by layer
+
+    What is not committed is overwritten in the next round. The start row waits again, as the oldest of the next rows.
+
+    Args:
+        draft: the network.
+        target_embeddings: the target's token embeddings.
+        capacity: slots of the cache to begin with.
+    """
+
+    def __init__(self, draft: ConFuDraftModel, target_embeddings: nn.Module, capacity: int = 256):
+        self.draft = self.network = draft
+        self.embed_tokens = target_embeddings
+        self.cache = TreeCache(1, capacity=capacity)
         self.token_ids = draft.draft_token_ids
-        self.position_ids = position_ids[:, -1:]  # (B, 1), of the start row
-        hidden_states = draft.fuse(features.to(device=draft.device, dtype=draft.dtype))  # (B, R, d)
-        if tokens.shape[1] > 1:
-            draft.write_rows(self._embed(tokens[:, :-1]), hidden_states[:, :-1], position_ids[:, :-1], cache)
-        self.verified_rows = cache.get_seq_length()
-        self.hidden_states = hidden_states[:, -1:]  # (B, 1, d): of the start row, later of the newest layer
-        self.skip = None if future is None else self._write_future(future[:, None])
-        self.steps = 0
-        self.ancestors: Tensor | None = None  # (B, W, drafted rows so far) bool, of the newest layer
+        self.waiting: Rows | None = None
+        self.hidden_states: Tensor | None = None  # (B, W, d) of the newest layer
+        self.ancestors: Tensor | None = None  # (B, W, rows so far) bool, of the newest layer; the start row is row 0
+        self.position_ids: Tensor | None = None  # (B, 1), of the start row
+        self.future_known: Tensor | None = None  # (B, 1) bool; None = no row has a future token
+
+    def recall(self, cache: Cache | None, input_ids: Tensor) -> None:
+        """Go on from what this draft left with a cache, if that is all the cache holds and the ids are the same."""
+        memory = getattr(cache, MEMORY, None)
+        if memory is None or memory.draft_key != self.draft.instance_key:
+            return
+        known = memory.input_ids.shape[1]
+        same = known <= input_ids.shape[1] and torch.equal(memory.input_ids, input_ids[:, :known])
+        if same and cache.get_seq_length() == known - 1:
+            self.cache, self.waiting = memory.cache, memory.waiting
+
+    def remember(self, cache: Cache, input_ids: Tensor) -> None:
+        """Leave what this draft knows with the cache. The next call takes it over, so it is good for one call."""
+        if len(input_ids) == 1:
+            setattr(cache, MEMORY, DraftMemory(self.draft.instance_key, input_ids, self.cache, self.waiting))
+
+    def observe(self, state: DecodingState, rows: Rows) -> None:
+        """New rows join those that wait."""
+        self.waiting = rows if self.waiting is None else self.waiting.followed_by(rows)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+        """[`tree.growing.DraftStep`]: children of `tokens` `(B, W)`, the rows of the next layer."""
+        skip = None
+        if parents is None:
+            skip = self._start()
+        else:
+            width = tokens.shape[1]
+            itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(tokens.shape[0], -1, -1)
+            index = parents[..., None]
+            above = self.ancestors.gather(1, index.expand(-1, -1, self.ancestors.shape[-1]))
+            self.ancestors = torch.cat([above, itself], dim=-1)
+            self.hidden_states = self.hidden_states.gather(1, index.expand(-1, -1, self.hidden_states.shape[-1]))
+            self.position_ids = self.position_ids + 1
+        self._run_layer(tokens, skip)
+        top_k = min(top_k, self.draft.config.draft_vocab_size)
+        log_probs, children = self.draft.logits(self.hidden_states).float().log_softmax(-1).topk(top_k, dim=-1)
+        return self.token_ids[children], log_probs
+
+    def _start(self) -> Tensor | None:
+        """Read the waiting rows, get the start row ready; returns what the future token adds to its residual stream."""
+        rows = self.waiting.newest_last()
+        self.waiting = Rows(rows.tokens[:, -1:], rows.features[:, -1:], rows.position_ids[:, -1:])
+        hidden_states = self.draft.fuse(rows.features.to(device=self.draft.device, dtype=self.draft.dtype))
+        if rows.tokens.shape[1] > 1:
+            self._write_verified(rows.tokens[:, :-1], hidden_states[:, :-1], rows.position_ids[:, :-1])
+        self.hidden_states, self.position_ids = hidden_states[:, -1:], rows.position_ids[:, -1:]
+        self.ancestors = torch.ones(len(rows.tokens), 1, 1, dtype=torch.bool, device=rows.tokens.device)
+        self.future_known = None
+        return None if rows.future is None else self._write_future(rows)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens).to(device=self.draft.device, dtype=self.draft.dtype)
 
-    def _write_future(self, future: Tensor) -> Tensor:
-        """Put the future token into the cache; returns what it adds to the start row's residual stream."""
+    def _write_verified(self, tokens: Tensor, hidden_states: Tensor, position_ids: Tensor) -> None:
+        """Commit rows, `(B, R)` of them, those without a position left out."""
+        real = position_ids >= 0
+        slots = self.cache.slots_behind(tokens.shape[1], batch_size=len(tokens))
+        if not bool(real.all()):
+            places = slots.index[:, :1].to(real.device) + real.long().cumsum(1) - 1
+            slots = Slots(torch.where(real, places, -1), None, slots.visible)
+        with self.cache.writing(slots):
+            self.draft.write_rows(self._embed(tokens), hidden_states, position_ids.clamp(min=0), self.cache)
+        self.cache.commit(real.sum(1).tolist())
+
+    def _write_future(self, rows: Rows) -> Tensor:
+        """Write the future token behind the committed rows; returns `(B, 1, d)` for the start row's residual stream."""
         layer = self.draft.midlayer
-        embeds, states = self.draft.future_inputs(self.hidden_states, future.to(self.hidden_states))
+        known = rows.future_known
+        self.future_known = torch.ones_like(rows.tokens[:, -1:]).bool() if known is None else known[:, None]
+        embeds, states = self.draft.future_inputs(self.hidden_states, rows.future[:, None].to(self.hidden_states))
         inputs = layer.attention_inputs(embeds, states)
         rotary = self.draft.rotary(self.position_ids + 1, inputs.dtype)
-        self.cache.update(*layer.self_attn.key_value(inputs, *rotary), 0)
-        return self.draft.future_skip(states)
+        with self.cache.writing(self.cache.slots_behind(1, batch_size=len(rows.tokens))):
+            self.cache.update(*layer.self_attn.key_value(inputs, *rotary), 0)
+        return self.draft.future_skip(states) * self.future_known[..., None].to(states)
 
-    def step(self, tokens: Tensor, parents: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[`tree.DraftStep`]: children of `tokens` `(B, W)`, the rows of the next layer."""
-        mask = None
-        if parents is not None:
-            width = tokens.shape[1]
-            itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(tokens.shape[0], -1, -1)
-            if self.ancestors is not None:
-                index = parents[..., None].expand(-1, -1, self.ancestors.shape[-1])
-                itself = torch.cat([self.ancestors.gather(1, index), itself], dim=-1)
-            self.ancestors = itself
-            drafted = self.ancestors.shape[-1]
-            shared = self.cache.get_seq_length() - (drafted - width)  # verified rows, future token, start row
-            mask = torch.nn.functional.pad(self.ancestors, (shared, 0), value=True)[:, None]  # (B, 1, W, slots)
-            self.hidden_states = self.hidden_states.gather(
-                1, parents[..., None].expand(-1, -1, self.hidden_states.shape[-1])
+    def _run_layer(self, tokens: Tensor, skip: Tensor | None) -> None:
+        width, drafted = self.ancestors.shape[1:]
+        gap = 0 if self.future_known is None else 1
+        slots = self.cache.slots_behind(width, gap + drafted - width, batch_size=len(tokens))
+        mask = self._mask(gap) if drafted > 1 or not self._sees_all() else None
+        with self.cache.writing(slots):
+            self.hidden_states = self.draft(
+                self._embed(tokens),
+                self.hidden_states,
+                self.position_ids.expand_as(tokens),
+                attention_mask=mask,
+                cache=self.cache,
+                skip=skip,
             )
-        self.hidden_states = self.draft(
-            self._embed(tokens),
-            self.hidden_states,
-            (self.position_ids + self.steps).expand_as(tokens),
-            attention_mask=mask,
-            cache=self.cache,
-            skip=self.skip if self.steps == 0 else None,
-        )
-        self.steps += 1
-        log_probs, children = self.draft.logits(self.hidden_states).float().log_softmax(-1).topk(self.top_k, dim=-1)
-        return self.token_ids[children], log_probs
 
-    def close(self) -> None:
-        """Drop the future token, the start row and all drafted rows from the cache."""
-        self.cache.crop(self.verified_rows - self.cache.get_seq_length())
+    def _sees_all(self) -> bool:
+        """Whether the start row of every batch row sees all slots."""
+        return len(set(self.cache.lengths)) < 2 and (self.future_known is None or bool(self.future_known.all()))
+
+    def _mask(self, gap: int) -> Tensor:
+        """`(B, 1, W, slots)` bool: committed rows, the future token where there is one, ancestors and itself."""
+        batch_size, width, drafted = self.ancestors.shape
+        device = self.ancestors.device
+        lengths = torch.tensor(self.cache.lengths or [0] * batch_size, device=device)[:, None]  # (B, 1)
+        slots = torch.arange(max(self.cache.lengths, default=0) + gap + drafted, device=device)
+        mask = (slots < lengths)[:, None].repeat(1, width, 1)
+        if gap:
+            mask |= ((slots == lengths) & self.future_known)[:, None]
+        own = (lengths + gap + torch.arange(drafted, device=device))[:, None].expand(-1, width, -1)
+        return mask.scatter_(2, own, self.ancestors)[:, None]

@@ -1,7 +1,12 @@
-"""`DecodingState`: where a generation stands between two rounds."""
+"""Where a generation stands between two rounds, and what a round tells the drafter.
+
+Positions: `v` is the newest position whose features are known, so the root of the next tree is `x_{v+1}`, decided but
+not yet seen by the target.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,40 +16,87 @@ from .acceptance import Acceptance
 
 
 @dataclass(frozen=True)
-class DecodingState:
-    """Where a generation stands between two rounds. `R` rows wait for the draft: those of the last accepted path, the
-    start row last.
+class Rows:
+    """Rows that the draft has not read yet. Row `i` knows `x_{i+1}` and the features at position `i`.
 
     Attributes:
-        input_ids: `(B, n)` long, everything decided; the last token is the root.
-        committed_position_ids: `(B, C)` long, position of each committed slot of the target's cache, -1 = padding.
-        row_tokens: `(B, R)` long, `x_{i+1}` of the waiting rows; the last is the root.
-        row_features: `(B, R, 3 d)`, `F_i` of the waiting rows.
-        row_position_ids: `(B, R)` long.
-        future: `(B, 3 d)`, `f_v`; None in the first round and in EAGLE-3 mode.
+        tokens: `(B, R)` long, `x_{i+1}`. features: `(B, R, 3 d)`, `F_i`. position_ids: `(B, R)` long, ascending; -1 =
+            no row there.
+        future: `(B, 3 d)`, `f_v` of the newest row; None if there is none. future_known: `(B,)` bool, whether this
+            batch row has one; None = all.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    position_ids: Tensor
+    future: Tensor | None = None
+    future_known: Tensor | None = None
+
+    def followed_by(self, newer: Rows) -> Rows:
+        """These rows and newer ones, with the newer ones' future."""
+        names = ("tokens", "features", "position_ids")
+        joined = {name: torch.cat([getattr(self, name), getattr(newer, name)], dim=1) for name in names}
+        return Rows(**joined, future=newer.future, future_known=newer.future_known)
+
+    def newest_last(self) -> Rows:
+        """The same rows, moved to the right where there are gaps."""
+        real = self.position_ids >= 0
+        width = int(real.sum(1).max())
+        if bool(real[:, -width:].all()):
+            order = torch.arange(real.shape[1] - width, real.shape[1], device=real.device).expand(len(real), -1)
+        else:
+            order = real.long().argsort(dim=1, stable=True)[:, -width:]
+        features = self.features.gather(1, order[..., None].expand(-1, -1, self.features.shape[-1]))
+        tokens, position_ids = (states.gather(1, order) for states in (self.tokens, self.position_ids))
+        return Rows(tokens, features, position_ids, self.future, self.future_known)
+
+
+@dataclass(frozen=True)
+class DecodingState:
+    """Where a generation stands between two rounds.
+
+    Attributes:
+        input_ids: `(B, n)` long, everything decided; row `b` has `lengths[b]` tokens, the last of them its root, then
+            -1.
+        lengths: tokens of each row. finished: whether a row has ended.
+        features: `(B, 3 d)`, `F_v`.
+        position_offset: `(B, 1)` long, what position ids differ by from places among the slots: 0, but where plain
+            decoding counts on from a masked token.
+        max_length: the most tokens a row may have; None = no limit.
     """
 
     input_ids: Tensor
-    committed_position_ids: Tensor
-    row_tokens: Tensor
-    row_features: Tensor
-    row_position_ids: Tensor
-    future: Tensor | None = None
+    lengths: tuple[int, ...]
+    finished: tuple[bool, ...]
+    features: Tensor
+    position_offset: Tensor
+    max_length: int | None = None
 
-    def advance(self, acceptance: Acceptance, features: Tensor, future: Tensor | None) -> DecodingState:
-        """The state after a round whose accepted nodes have `features` `(B, P, 3 d)`.
+    @property
+    def roots(self) -> Tensor:
+        """`(B,)` long, the newest decided token of every row."""
+        last = torch.tensor(self.lengths, device=self.input_ids.device)[:, None] - 1
+        return self.input_ids.gather(1, last)[:, 0]
 
-        Example: root x_5, accepted path x_5 x_6, bonus x_7. Slots 5 and 6 are committed; row 4 (reads
-            x_5), from which the round drafted, waits again, and rows 5 (reads x_6) and 6 (reads x_7); x_7 is the next root.
-        """
-        path_length = acceptance.path.shape[1]
-        steps = torch.arange(1, path_length + 1, device=self.row_position_ids.device)
-        positions = self.row_position_ids[:, -1:] + steps  # (B, P)
+    def advance(self, acceptance: Acceptance, features: Tensor) -> DecodingState:
+        """The state after a round. `features` `(B, P, 3 d)`, of the accepted nodes."""
+        last = acceptance.counts_tensor.clamp(min=1) - 1  # (B,)
+        newest = features[torch.arange(len(last), device=features.device), last.to(features.device)]
+        kept = (acceptance.counts_tensor > 0).to(features.device)[:, None]
         return DecodingState(
-            input_ids=torch.cat([self.input_ids, acceptance.tokens], dim=1),
-            committed_position_ids=torch.cat([self.committed_position_ids, positions], dim=1),
-            row_tokens=torch.cat([self.row_tokens[:, -1:], acceptance.tokens], dim=1),
-            row_features=torch.cat([self.row_features[:, -1:], features], dim=1),
-            row_position_ids=torch.cat([self.row_position_ids[:, -1:], positions], dim=1),
-            future=future,
+            input_ids=append(self.input_ids, self.lengths, acceptance.tokens, acceptance.counts),
+            lengths=tuple(map(sum, zip(self.lengths, acceptance.counts, strict=True))),
+            finished=acceptance.finished,
+            features=torch.where(kept, newest, self.features),
+            position_offset=self.position_offset,
+            max_length=self.max_length,
         )
+
+
+def append(ids: Tensor, lengths: Sequence[int], tokens: Tensor, counts: Sequence[int]) -> Tensor:
+    """`tokens` `(B, P)` behind the first `lengths[b]` of `ids` `(B, n)`; `counts[b]` of them, -1 behind the end."""
+    ends = [length + count for length, count in zip(lengths, counts, strict=True)]
+    longer = torch.nn.functional.pad(ids, (0, max(ends) - ids.shape[1]), value=-1)
+    for row, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        longer[row, length:end] = tokens[row, : end - length]
+    return longer

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import torch
+
+PHASES = ("policy", "draft", "verify", "accept", "cache")
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round.
+
+    Attributes:
+        accepted: tokens emitted, by batch row; 0 for a row that had ended.
+        nodes: tree nodes of a batch row that went through the target, root included.
+        contemplate_tokens: contemplate tokens of a batch row.
+        seconds: wall time of each of [`PHASES`], as the device saw it.
+    """
+
+    accepted: tuple[int, ...]
+    nodes: int
+    contemplate_tokens: int
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -12,11 +34,12 @@ class GenerationStats:
     """What the last call of `generate` did. Every count is per call; `rounds` are target forwards after prefill.
 
     Attributes:
-        mean_accepted_length: tokens emitted per round, bonus included; nan without any round.
+        mean_accepted_length: tokens emitted per round (and batch row), bonus included; nan without any round.
         acceptance_by_depth: share of rounds whose accepted path reached depth 1, 2, ...
         verified_nodes: tree nodes that went through the target, roots included.
         contemplate_tokens: contemplate tokens that went through the target.
         seconds_draft, seconds_verify, seconds_rest: wall time (the rest: prefill, acceptance, caches).
+        records: one per round.
     """
 
     new_tokens: int
@@ -28,42 +51,69 @@ class GenerationStats:
     seconds_draft: float
     seconds_verify: float
     seconds_rest: float
+    records: tuple[RoundRecord, ...] = field(default=(), repr=False)
+
+
+class Stopwatch:
+    """Times the phases of a round on a device.
+
+    A GPU works behind the host's back: there, marks are recorded in its own stream and read once the round is over, so
+    timing makes nothing wait that does not wait anyway.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.on_gpu = torch.device(device).type == "cuda"
+        self._spans: list[tuple[str, object, object]] = []
+
+    def _mark(self) -> object:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times what happens inside."""
+        start = self._mark()
+        yield
+        self._spans.append((name, start, self._mark()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last reading."""
+        seconds = dict.fromkeys(PHASES, 0.0)
+        if self.on_gpu and self._spans:
+            self._spans[-1][2].synchronize()
+        for name, start, end in self._spans:
+            seconds[name] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+        self._spans.clear()
+        return seconds
 
 
 @dataclass
 class Tally:
-    """Counts while the loop runs."""
+    """Collects records while the loop runs."""
 
     started: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0})
-    accepted: list[int] = field(default_factory=list)
-    verified_nodes: int = 0
-    contemplate_tokens: int = 0
-
-    @contextmanager
-    def phase(self, name: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def add_round(self, path_length: int, nodes: int, contemplate_tokens: int) -> None:
-        self.accepted.append(path_length)
-        self.verified_nodes += nodes
-        self.contemplate_tokens += contemplate_tokens
+    records: list[RoundRecord] = field(default_factory=list)
 
     def stats(self, new_tokens: int) -> GenerationStats:
-        rounds = len(self.accepted)
+        """What is shown to the user."""
+        paths = [count for record in self.records for count in record.accepted if count]
         # A path of 3 rows is the root and two drafted tokens: it reached depth 2.
-        deepest = max(self.accepted, default=1) - 1
-        by_depth = tuple(sum(length > d for length in self.accepted) / rounds for d in range(1, deepest + 1))
+        deepest = max(paths, default=1) - 1
+        by_depth = tuple(sum(length > d for length in paths) / len(paths) for d in range(1, deepest + 1))
+        seconds = {name: sum(record.seconds[name] for record in self.records) for name in PHASES}
+        elapsed = time.perf_counter() - self.started
         return GenerationStats(
             new_tokens=new_tokens,
-            rounds=rounds,
-            mean_accepted_length=sum(self.accepted) / rounds if rounds else float("nan"),
+            rounds=len(self.records),
+            mean_accepted_length=sum(paths) / len(paths) if paths else float("nan"),
             acceptance_by_depth=by_depth,
-            verified_nodes=self.verified_nodes,
-            contemplate_tokens=self.contemplate_tokens,
-            seconds_draft=self.seconds["draft"],
-            seconds_verify=self.seconds["verify"],
-            seconds_rest=time.perf_counter() - self.started - sum(self.seconds.values()),
+            verified_nodes=sum(record.nodes * len(record.accepted) for record in self.records),
+            contemplate_tokens=sum(record.contemplate_tokens * len(record.accepted) for record in self.records),
+            seconds_draft=seconds["draft"],
+            seconds_verify=seconds["verify"],
+            seconds_rest=elapsed - seconds["draft"] - seconds["verify"],
+            records=tuple(self.records),
         )

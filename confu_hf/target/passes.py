@@ -1,7 +1,7 @@
 """Runs the target: prefill and verify for decoding, contemplate anchors for training.
 
-The only file that knows how a Transformers model takes masks, positions and caches and where its layers differ. What
-to verify is tree.py's business, where keys and values live cache.py's, which tokens are accepted verification.py's.
+What to verify is tree/layout.py's business, where keys and values live cache.py's, what a mask looks like masks.py's,
+which tokens are accepted decoding/acceptance.py's.
 
 Features are the hidden states ENTERING the layers `layer_ids` (`hidden_states[i]` of Transformers), concatenated:
 `(..., 3 d)`.
@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .. import compat
+from ..errors import refusal
 from ..tree.layout import VerifyLayout
 from .cache import TreeCache
 from .context import ContemplateContext
@@ -27,10 +28,12 @@ from .soft_prompts import check_no_checkpointing
 
 @dataclass(frozen=True)
 class Prefilled:
-    """`logits` `(B, V)` of the last position; `features` `(B, N, 3 d)` of every position of this pass."""
+    """`logits` `(B, V)` of the last position; `features` `(B, N, 3 d)` of every position of this pass;
+    `next_position_ids` `(B, 1)` long, the position id of the token behind it."""
 
     logits: Tensor
     features: Tensor
+    next_position_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,14 @@ def prefill(
         attention_mask: `(B, C + N)`, 0 for padding; positions are then counted without it, as `generate()` does.
         position_ids: `(B, N)`, overrides that.
     """
-    if attention_mask is not None and position_ids is None:
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    if position_ids is None:
+        if attention_mask is None:
+            shape = (len(input_ids), cache.get_seq_length() + input_ids.shape[1])
+            counted = torch.ones(shape, dtype=torch.long, device=input_ids.device)
+        else:
+            counted = attention_mask.long()
+        # As plain decoding counts: a masked token stands at 0, and what follows counts on from the last one.
+        position_ids = (counted.cumsum(-1) - 1).masked_fill(counted == 0, 0)[:, -input_ids.shape[1] :]
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -77,7 +86,7 @@ def prefill(
         output_hidden_states=compat.layer_states_request(layer_ids),
         return_dict=True,
     )
-    return Prefilled(logits=output.logits[:, -1], features=_features(output, layer_ids))
+    return Prefilled(output.logits[:, -1], _features(output, layer_ids), position_ids[:, -1:] + 1)
 
 
 @torch.no_grad()
@@ -88,7 +97,7 @@ def verify(
     cache: TreeCache,
     layer_ids: Sequence[int],
 ) -> Verified:
-    """Check a whole tree in one forward pass; its rows stay pending in `cache` until `cache.keep_path()`.
+    """Check a whole tree in one forward pass; its rows lie behind the committed ones until `cache.keep_path()`.
 
     Args:
         layout: tokens, positions and mask, for `cache` as it is now.
@@ -103,12 +112,12 @@ def verify(
     mask = model_mask(
         model.config.get_text_config(decoder=True),
         layout.mask,
-        layout.position_ids,
-        layout.key_position_ids,
+        layout.places,
+        layout.key_places,
         embeds.dtype,
     )
     # The whole ...ForCausalLM, not its parts: soft-capping, logit scaling and adapters stay where they are.
-    with cache.verifying():
+    with cache.writing(cache.slots_behind(layout.mask.shape[1])):
         output = model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -128,16 +137,21 @@ def verify(
 
 
 def _check_layout(layout: VerifyLayout, contemplate_embedding: Tensor | None, cache: TreeCache) -> None:
-    if layout.contemplate_nodes.shape[1] and contemplate_embedding is None:
-        raise ValueError(
-            f"The layout has {layout.contemplate_nodes.shape[1]} contemplate tokens, but contemplate_embedding "
-            "is None. Pass the adapter's contemplate embedding, or a layout without contemplate nodes."
+    count = layout.contemplate_nodes.shape[1]
+    if count and contemplate_embedding is None:
+        raise refusal(
+            "verify",
+            got=f"a layout with {count} contemplate tokens, and contemplate_embedding=None",
+            expected="the embedding of the contemplate tokens",
+            fix="Pass the adapter's contemplate embedding, or a layout without contemplate nodes.",
         )
-    expected = cache.soft_prompt_length + cache.get_seq_length() + layout.mask.shape[1]
-    if layout.mask.shape[2] != expected or layout.soft_prompt_length != cache.soft_prompt_length:
-        raise ValueError(
-            f"The layout is for {layout.soft_prompt_length} soft prompts and {layout.mask.shape[2]} key slots, "
-            f"expected {cache.soft_prompt_length} and {expected}, the cache's. Make the layout for this cache."
+    slots = cache.soft_prompt_length + cache.get_seq_length() + layout.mask.shape[1]
+    if layout.mask.shape[2] != slots or layout.soft_prompt_length != cache.soft_prompt_length:
+        raise refusal(
+            "verify",
+            got=f"a layout for {layout.soft_prompt_length} soft prompts and {layout.mask.shape[2]} slots",
+            expected=f"{cache.soft_prompt_length} and {slots}, the cache's",
+            fix="Make the layout for this cache.",
         )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import refusal
+
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -30,8 +32,11 @@ class DraftTree:
     def __post_init__(self):
         shapes = {name: tuple(getattr(self, name).shape) for name in ("tokens", "parents", "depths", "log_probs")}
         if len(set(shapes.values())) != 1 or self.tokens.dim() != 2 or self.tokens.shape[1] == 0:
-            raise ValueError(
-                f"got a tree of shapes {shapes}; expected all of them equal, (batch, nodes) with nodes >= 1"
+            raise refusal(
+                "DraftTree",
+                got=f"shapes {shapes}",
+                expected="all of them equal, (batch, nodes) with nodes >= 1",
+                fix="Give one number per node.",
             )
 
     def ancestor_mask(self) -> Tensor:
@@ -51,3 +56,11 @@ def best_first(scores: Tensor, count: int) -> Tensor:
     """(B, min(count, n)) indices of the greatest of (B, n) scores, best first; among equals the earlier one."""
     # Not torch.topk: it may put a later one first among equals, and a certain child ties with its parent.
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def root_only(tokens: Tensor) -> DraftTree:
+    """The tree without drafted nodes over `tokens` (B,): verifying it is a plain decoding step."""
+    root = tokens[:, None]
+    return DraftTree(
+        root, torch.full_like(root, -1), torch.zeros_like(root), torch.zeros_like(root, dtype=torch.float)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import refusal
 from .draft_tree import DraftTree, best_first
 
 
@@ -21,7 +22,9 @@ def likeliest_ends(tree: DraftTree, count: int) -> Tensor:
         ValueError: if `count` is negative.
     """
     if count < 0:
-        raise ValueError(f"got count={count} contemplate tokens; expected 0 or more")
+        raise refusal(
+            "likeliest_ends", got=f"count={count} contemplate tokens", expected="0 or more", fix="Ask for none with 0."
+        )
     reached = tree.log_probs.exp()
     ends = reached.scatter_add(1, tree.parents[:, 1:], -reached[:, 1:])
     return best_first(ends, count).sort(dim=1).values

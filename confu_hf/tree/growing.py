@@ -1,11 +1,9 @@
-"""Draft trees as index tensors: growing one, choosing where to contemplate, laying it out for the verify pass.
+"""Grows a draft tree, layer by layer, as EAGLE-2 does.
 
 Pure index work with a leading batch dimension. It knows no model: the draft is a callable that a lookup table can
-replace, the cache is a row of position ids. Nothing here reads a value back to the host, so a GPU is never waited for,
-but for `confidence_threshold`, which makes the size of a tree depend on values.
-
-Running the draft and the target is left to others (modeling_confu.py, target.py), and so is walking the tree
-(verification.py).
+replace. Nothing here reads a value back to the host, so a GPU is never waited for, but for `confidence_threshold`,
+which makes the size of a tree depend on values. Laying a tree out for the verify pass is layout.py's, where a walk ends
+ends.py's, walking decoding/acceptance.py's.
 """
 
 from __future__ import annotations
@@ -16,19 +14,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import refusal
 from .draft_tree import DraftTree, best_first
 
 
 class DraftStep(Protocol):
     """One pass of the draft over a layer of the tree."""
 
-    def __call__(self, tokens: Tensor, parents: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
         """Score the children of W nodes.
 
         Args:
             tokens: (B, W) long, target-vocabulary ids.
             parents: (B, W) long, index of each token's parent among the rows of the PREVIOUS call; None on the first
                 call, where W = 1 and `tokens` is the root.
+            top_k: children wanted for each row; fewer may come back.
 
         Returns:
             child_tokens (B, W, top_k) long, the most likely children of each row as target-vocabulary ids, and
@@ -37,7 +37,13 @@ class DraftStep(Protocol):
 
 
 def grow_tree(
-    step: DraftStep, root_tokens: Tensor, *, total_tokens: int, depth: int, confidence_threshold: float = 0.0
+    step: DraftStep,
+    root_tokens: Tensor,
+    *,
+    total_tokens: int,
+    depth: int,
+    top_k: int,
+    confidence_threshold: float = 0.0,
 ) -> DraftTree:
     """Grow the dynamic draft tree of EAGLE-2.
 
@@ -53,6 +59,7 @@ def grow_tree(
         root_tokens: (B,) long.
         total_tokens: T, drafted nodes to keep, root not counted. With fewer candidates than that the tree is smaller.
         depth: greatest depth of a drafted node.
+        top_k: nodes expanded per layer, and children considered for each.
         confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1). A batch keeps as many nodes
             as its largest tree needs.
 
@@ -60,7 +67,12 @@ def grow_tree(
         ValueError: if `total_tokens` or `depth` is negative.
     """
     if total_tokens < 0 or depth < 0:
-        raise ValueError(f"got total_tokens={total_tokens} and depth={depth}; expected both to be 0 or more")
+        raise refusal(
+            "grow_tree",
+            got=f"total_tokens={total_tokens} and depth={depth}",
+            expected="both 0 or more",
+            fix="0 = no draft.",
+        )
     if total_tokens == 0:
         depth = 0
     beam_tokens = root_tokens.unsqueeze(1)  # (B, 1)
@@ -73,8 +85,8 @@ def grow_tree(
     floor = math.log(confidence_threshold) if confidence_threshold > 0 else None
     num_candidates = 1
     for layer in range(1, depth + 1):
-        child_tokens, child_log_probs = step(beam_tokens, beam_parents)
-        top_k = child_tokens.shape[-1]
+        child_tokens, child_log_probs = step(beam_tokens, beam_parents, top_k)
+        children = child_tokens.shape[-1]
         # Rounding in the draft may leave a log-probability just above 0, and the child would overtake its parent.
         joint = beam_log_probs.unsqueeze(-1) + child_log_probs.clamp(max=0.0)  # (B, W, top_k)
         tokens.append(child_tokens.flatten(1))  # (B, W * top_k)
@@ -86,8 +98,8 @@ def grow_tree(
         chosen = best_first(log_probs[-1], top_k)  # (B, top_k), positions within this layer
         beam_tokens = tokens[-1].gather(1, chosen)
         beam_log_probs = log_probs[-1].gather(1, chosen)
-        # Candidates lie row after row. With top_k = 3, candidate 4 is the second child of row 1: 4 // 3 = 1.
-        beam_parents = chosen // top_k
+        # Candidates lie row after row. With three each, candidate 4 is the second child of row 1: 4 // 3 = 1.
+        beam_parents = chosen // children
         beam_ids = chosen + num_candidates
         num_candidates += tokens[-1].shape[1]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import refusal
 from .draft_tree import DraftTree
 
 
@@ -14,27 +16,38 @@ from .draft_tree import DraftTree
 class VerifyLayout:
     """What the verify pass feeds to the target: Q = (T+1) + M rows, the nodes and then the contemplate tokens.
 
-    Keys lie in the order [S soft prompts | C committed | T+1 nodes | M contemplate tokens].
+    Keys lie in the order [S soft prompts | slots of the cache], where the rows of a batch row of length C lie in the
+    slots C .. C+Q-1: K = the greatest C + Q.
 
     Attributes:
         tokens: (B, T+1) long, tokens of the nodes.
         contemplate_nodes: (B, M) long, the node each contemplate token belongs to; M may be 0.
-        position_ids: (B, Q) long.
-        key_position_ids: (B, S+C+Q) long; -1 for soft prompts and for empty slots.
-        mask: (B, Q, S+C+Q) bool, True = may attend.
+        position_ids: (B, Q) long, for the rotary embedding.
+        places: (B, Q) long, where a row stands among the slots, for sliding windows and chunks; the same numbers as
+            position_ids, unless plain decoding counts otherwise (`position_offset`).
+        key_places: (B, S+K) long; -1 for soft prompts and for empty slots.
+        mask: (B, Q, S+K) bool, True = may attend.
         soft_prompt_length: S.
     """
 
     tokens: Tensor
     contemplate_nodes: Tensor
     position_ids: Tensor
-    key_position_ids: Tensor
+    places: Tensor
+    key_places: Tensor
     mask: Tensor
     soft_prompt_length: int
 
 
 def verify_layout(
-    tree: DraftTree, contemplate_nodes: Tensor, *, committed_position_ids: Tensor, soft_prompt_length: int
+    tree: DraftTree,
+    contemplate_nodes: Tensor,
+    *,
+    slot_position_ids: Tensor,
+    soft_prompt_length: int,
+    lengths: Sequence[int] | None = None,
+    root_places: Tensor | None = None,
+    position_offset: Tensor | int = 0,
 ) -> VerifyLayout:
     """Positions and attention mask of one verify pass.
 
@@ -60,47 +73,57 @@ def verify_layout(
     Args:
         tree: T drafted nodes.
         contemplate_nodes: (B, M) long, node indices; M may be 0.
-        committed_position_ids: (B, C) long, position of each committed cache slot, -1 = empty or padding. The root
-            takes the position after the greatest one (0 if there is none).
+        slot_position_ids: (B, C) long, place of each committed cache slot, -1 = empty or padding.
         soft_prompt_length: S, slots in front of the committed ones.
+        lengths: committed slots of each batch row; None = C for all.
+        root_places: (B, 1) long; None = the place after the greatest committed one (0 if there is none).
+        position_offset: (B, 1) long or 0, what position ids differ by from places.
 
     Raises:
         ValueError: if the batch sizes differ or S is negative.
     """
     batch_size, num_nodes = tree.tokens.shape
-    if not batch_size == contemplate_nodes.shape[0] == committed_position_ids.shape[0] or soft_prompt_length < 0:
-        raise ValueError(
-            f"got a tree of shape {tuple(tree.tokens.shape)}, contemplate_nodes {tuple(contemplate_nodes.shape)}, "
-            f"committed_position_ids {tuple(committed_position_ids.shape)}, soft_prompt_length={soft_prompt_length}; "
-            "expected the same batch size in all of them and a length of 0 or more"
+    if not batch_size == contemplate_nodes.shape[0] == slot_position_ids.shape[0] or soft_prompt_length < 0:
+        raise refusal(
+            "verify_layout",
+            got=f"a tree of shape {tuple(tree.tokens.shape)}, contemplate_nodes {tuple(contemplate_nodes.shape)}, "
+            f"slot_position_ids {tuple(slot_position_ids.shape)}, soft_prompt_length={soft_prompt_length}",
+            expected="the same batch size in all of them and a length of 0 or more",
+            fix="Take them from one decoding state.",
         )
-    no_slots = committed_position_ids.new_full((batch_size, 1 + soft_prompt_length), -1)
-    root_positions = torch.cat([no_slots, committed_position_ids], dim=1).amax(dim=1, keepdim=True) + 1  # (B, 1)
-    node_positions = root_positions + tree.depths
-    position_ids = torch.cat([node_positions, node_positions.gather(1, contemplate_nodes) + 1], dim=1)  # (B, Q)
+    device, width = tree.tokens.device, num_nodes + contemplate_nodes.shape[1]
+    no_slot = slot_position_ids.new_full((batch_size, 1), -1)
+    if root_places is None:
+        root_places = torch.cat([no_slot, slot_position_ids], dim=1).amax(dim=1, keepdim=True) + 1
+    node_places = root_places + tree.depths
+    places = torch.cat([node_places, node_places.gather(1, contemplate_nodes) + 1], dim=1)  # (B, Q)
 
-    mask = _mask(tree, contemplate_nodes, committed_position_ids >= 0, soft_prompt_length)
+    lengths = [slot_position_ids.shape[1]] * batch_size if lengths is None else lengths
+    rows = torch.tensor(lengths, device=device)[:, None] + torch.arange(width, device=device)  # (B, Q) slots
+    empty = max(lengths) + width - slot_position_ids.shape[1]
+    slots = torch.nn.functional.pad(slot_position_ids, (0, empty), value=-1)  # (B, K)
+    mask = (slots >= 0)[:, None].repeat(1, width, 1)
+    mask.scatter_(2, rows[:, None].expand(-1, width, -1), _row_mask(tree, contemplate_nodes))
+    prompts = mask.new_zeros(batch_size, width, soft_prompt_length)
+    prompts[:, num_nodes:] = True
     return VerifyLayout(
         tokens=tree.tokens,
         contemplate_nodes=contemplate_nodes,
-        position_ids=position_ids,
-        key_position_ids=torch.cat([no_slots[:, 1:], committed_position_ids, position_ids], dim=1),
-        mask=mask,
+        position_ids=places + position_offset,
+        places=places,
+        key_places=torch.cat([no_slot.expand(-1, soft_prompt_length), slots.scatter(1, rows, places)], dim=1),
+        mask=torch.cat([prompts, mask], dim=2),
         soft_prompt_length=soft_prompt_length,
     )
 
 
-def _mask(tree: DraftTree, contemplate_nodes: Tensor, committed: Tensor, soft_prompt_length: int) -> Tensor:
-    """The drawing of [`verify_layout`], `(B, Q, S+C+Q)` bool; `committed` `(B, C)` bool, False for empty slots."""
-    num_nodes, num_rows = tree.tokens.shape[1], tree.tokens.shape[1] + contemplate_nodes.shape[1]
-    nodes_start = soft_prompt_length + committed.shape[1]
-    contemplate_start = nodes_start + num_nodes
+def _row_mask(tree: DraftTree, contemplate_nodes: Tensor) -> Tensor:
+    """Which row of the pass sees which, (B, Q, Q) bool: the right part of the drawing of [`verify_layout`]."""
+    num_nodes, width = tree.tokens.shape[1], tree.tokens.shape[1] + contemplate_nodes.shape[1]
     ancestors = tree.ancestor_mask()
-    mask = ancestors.new_zeros(len(committed), num_rows, nodes_start + num_rows)
-    mask[:, num_nodes:, :soft_prompt_length] = True
-    mask[:, :, soft_prompt_length:nodes_start] = committed.unsqueeze(1)
-    mask[:, :num_nodes, nodes_start:contemplate_start] = ancestors
+    mask = ancestors.new_zeros(len(ancestors), width, width)
+    mask[:, :num_nodes, :num_nodes] = ancestors
     rows = contemplate_nodes.unsqueeze(-1).expand(-1, -1, num_nodes)  # (B, M, T+1)
-    mask[:, num_nodes:, nodes_start:contemplate_start] = ancestors.gather(1, rows)
-    mask[:, num_nodes:, contemplate_start:].diagonal(dim1=1, dim2=2).fill_(True)
+    mask[:, num_nodes:, :num_nodes] = ancestors.gather(1, rows)
+    mask[:, num_nodes:, num_nodes:].diagonal(dim1=1, dim2=2).fill_(True)
     return mask

@@ -1,0 +1,26 @@
+"""One context manager that makes the models of a call cheaper while they decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from .packing import multiplies_bfloat16, packed_linears
+
+
+@contextmanager
+def accelerated(target: PreTrainedModel, draft: PreTrainedModel | None, pack_weights: bool | None) -> Iterator[None]:
+    """Within it, target and draft compute with packed weights where `TreeOptions.pack_weights` and the CPU allow it.
+
+    What the draft guesses may be rounded to bfloat16, the target's word may not.
+    """
+    draft_dtype = torch.bfloat16 if multiplies_bfloat16() else None
+    with packed_linears(target, pack_weights):
+        if draft is None:
+            yield
+            return
+        with packed_linears(draft, pack_weights, draft_dtype):
+            yield

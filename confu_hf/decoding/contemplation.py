@@ -1,0 +1,63 @@
+"""All of contemplation in decoding: which nodes carry a contemplate token, what it is made of, which future goes on.
+
+EAGLE-3 mode has no `Contemplator`. The adapter is held by name: which one is active on the target does not matter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..adapter.layer import ConFuLayer
+from ..experts import mix_experts
+from ..target.passes import Verified
+from ..target.soft_prompts import soft_prompt_key_values
+from ..tree.draft_tree import DraftTree
+from ..tree.ends import likeliest_ends, nearest_contemplated
+from .acceptance import Acceptance
+
+
+class Contemplator:
+    """What one adapter has the target contemplate.
+
+    Args:
+        target: the model. layer: the adapters on it. adapter_name: which of them.
+    """
+
+    def __init__(self, target: PreTrainedModel, layer: ConFuLayer, adapter_name: str):
+        self.target, self.layer, self.adapter_name = target, layer, adapter_name
+
+    def soft_prompts(self) -> Tensor:
+        """`(L, 2, S, kv_heads, head_dim)`, keys and values that contemplate tokens see in front of everything."""
+        weight = self.layer.confu_prompts[self.adapter_name]()
+        kind = self.layer.configs[self.adapter_name].soft_prompt_type
+        return weight if kind == "kv" else soft_prompt_key_values(self.target, weight)
+
+    def nodes(self, tree: DraftTree, count: int | None) -> Tensor:
+        """`(B, M)` long: the `count` nodes (None = all) that are likeliest to be the last accepted one."""
+        return likeliest_ends(tree, tree.tokens.shape[1] if count is None else count)
+
+    def embedding(self, features: Tensor) -> Tensor:
+        """`(B, 3 d)`, features of the newest known position -> `(B, d)`, the input of all contemplate tokens."""
+        name, config = self.adapter_name, self.layer.configs[self.adapter_name]
+        router, experts = self.layer.confu_router[name](), self.layer.confu_experts[name]()
+        return mix_experts(features, router, experts, config.num_experts_per_token).to(features.dtype)
+
+    def future(
+        self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The future of the last accepted node, or of its nearest ancestor that carried a contemplate token.
+
+        Returns:
+            `(B, 3 d)`, and `(B,)` bool, which rows have one; None and None if no row has.
+        """
+        if verified.futures is None:
+            return None, None
+        last = acceptance.path.gather(1, (acceptance.counts_tensor.clamp(min=1) - 1)[:, None]).clamp(min=0)
+        nearest = nearest_contemplated(tree, nodes).gather(1, last)[:, 0]  # (B,)
+        known = nearest >= 0
+        if not bool(known.any()):
+            return None, None
+        rows = torch.arange(len(nearest), device=nearest.device)
+        return verified.futures[rows, nearest.clamp(min=0)], known
