@@ -1,4 +1,4 @@
-.PHONY: test quality style
+.PHONY: test quality style compatibility
 
 test:
 	python -m pytest
@@ -10,3 +10,7 @@ quality:
 style:
 	ruff check --fix .
 	ruff format .
+
+# The whole test suite on every supported version of Transformers, each in a virtual environment of its own.
+compatibility:
+	.ci/compatibility
