@@ -60,12 +60,12 @@ def test_attach_and_detach_leave_no_trace(contemplate):
 
 
 def test_attaching_again_brings_the_same_adapter(target, confu):
-    weights = target.confu.adapter_weights("default")
+    weights = target.confu.adapter_weights("contemplate")
     confu.detach()
     other = tiny_llama(seed=1)
     confu.attach(other)
     for name, weight in weights.items():
-        assert torch.equal(other.confu.adapter_weights("default")[name], weight)
+        assert torch.equal(other.confu.adapter_weights("contemplate")[name], weight)
     with pytest.raises(
         ValueError, match=r"attached to another model, expected a free one. Call confu.detach\(\) first"
     ):
@@ -75,20 +75,20 @@ def test_attaching_again_brings_the_same_adapter(target, confu):
 def test_the_adapter_outlives_its_target():
     target = tiny_llama()
     confu = ConFuAssistant.from_target(target, **DRAFT)
-    experts = target.confu.adapter_weights("default")["confu_experts"].clone()
+    experts = target.confu.adapter_weights("contemplate")["confu_experts"].clone()
     del target
     gc.collect()
     assert confu.target is None, "an assistant does not keep its target in memory"
     other = tiny_llama()
     confu.attach(other)
-    assert torch.equal(other.confu.adapter_weights("default")["confu_experts"], experts)
+    assert torch.equal(other.confu.adapter_weights("contemplate")["confu_experts"], experts)
 
 
 def test_two_assistants_share_a_target(target, confu):
     expected = plain(target)
     second = ConFuAssistant.from_target(target, num_virtual_tokens=2, draft_vocab_size=40)
     eagle = ConFuAssistant.from_target(target, contemplate=False, draft_vocab_size=40)
-    assert set(target.confu.configs) == {"default", "default_1"}
+    assert set(target.confu.configs) == {"contemplate", "contemplate_1"}
     lengths = []
     target.confu.register_forward_hook(lambda layer, *_: lengths.append(layer.soft_prompt_length))
     for assistant in (confu, second, eagle):
@@ -142,8 +142,8 @@ def test_layout_on_disk(folder, confu):
 
 def assert_same_pair(left, right, left_target, right_target):
     assert all(torch.equal(value, right.state_dict()[name]) for name, value in left.state_dict().items())
-    weights = right_target.confu.adapter_weights("default")
-    for name, weight in left_target.confu.adapter_weights("default").items():
+    weights = right_target.confu.adapter_weights("contemplate")
+    for name, weight in left_target.confu.adapter_weights("contemplate").items():
         assert torch.equal(weight, weights[name])
 
 

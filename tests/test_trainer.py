@@ -135,8 +135,8 @@ def test_the_folder_is_what_users_load(finished):
     assert assistant.dtype == torch.float64 and assistant.config.contemplate == contemplate
     torch.testing.assert_close(assistant.lm_head.weight, trainer.model.draft.lm_head.weight.double(), rtol=0, atol=0)
     if contemplate:
-        trained = trainer.model.target.confu.adapter_weights("default")
-        for name, weight in target.confu.adapter_weights("default").items():
+        trained = trainer.model.target.confu.adapter_weights("contemplate")
+        for name, weight in target.confu.adapter_weights("contemplate").items():
             torch.testing.assert_close(weight, trained[name].double(), rtol=0, atol=0)
     prompt = torch.tensor([[5, 17, 40, 8]])
     expected = tiny_llama().generate(prompt, max_new_tokens=12, do_sample=False)
@@ -152,7 +152,7 @@ def test_peft_loads_the_adapter_of_the_folder(finished):
     if not contemplate:
         pytest.skip("an EAGLE-3 draft has no adapter")
     model = PeftModel.from_pretrained(tiny_llama(dtype=torch.float32), folder, subfolder="adapter")
-    trained = trainer.model.target.confu.adapter_weights("default")
+    trained = trainer.model.target.confu.adapter_weights("contemplate")
     for name, weight in model.get_base_model().confu.adapter_weights("default").items():
         assert torch.equal(weight, trained[name])
 

@@ -1,7 +1,7 @@
 """What `generate` is asked, checked before it starts: a refusal says what was got, what was expected, what to do.
 
-Public names of Transformers only; where in `generate` these are called is `assisted.py`'s. Nothing here changes a
-model, so the target is usable after every refusal.
+Public names of Transformers only; where in `generate` these are called is `routing.py`'s, whether files are sound was
+`hub/pair.py`'s. Nothing here changes a model, so the target is usable after every refusal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 
-from ..adapter.files import CHILD_NAME, check_adapter_weights
+from ..adapter.files import CHILD_NAME
 from ..adapter.layer import ConFuLayer
 from ..configuration_confu import ConFuConfig
 from ..errors import refusal
@@ -77,9 +77,14 @@ def check_adapter(config: ConFuConfig, target: PreTrainedModel, adapter_name: st
             expected=f"{config.target_layer_ids}, those of the draft",
             fix="Load draft and adapter from the same repository.",
         )
-    weights = layer.adapter_weights(name)
-    if not any(weight.is_meta for weight in weights.values()):
-        check_adapter_weights(adapter, weights, source=f"adapter {name!r} on the target")
+    if adapter_name is None and name in layer.owned:
+        raise refusal(
+            "An assistant that is not attached to the target",
+            got=f"an active adapter ({name!r}) that another assistant brought",
+            expected="its own, or one that PEFT loaded",
+            fix="Call confu.attach(model) with the assistant that you pass, or set_adapter(name) if PEFT loaded its own.",
+        )
+    layer.check_weights(name)
 
 
 def check_placement(draft: PreTrainedModel, target: PreTrainedModel) -> None:
