@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 from assisted_calls import DRAFT, PROMPT, assisted, plain
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from transformers import (
@@ -20,7 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from confu_hf import ConFuAssistant, ConFuConfig, ConFuGenerationConfig
+from confu_hf import ConFuAdapterConfig, ConFuAssistant, ConFuConfig, ConFuGenerationConfig
+from confu_hf.adapter.tuner import remove_adapter
 
 
 def snapshot(target):
@@ -115,6 +116,50 @@ def test_next_to_a_lora(target):
     merged = model.merge_and_unload()
     confu.attach(merged)
     assert confu.detach() is merged
+
+
+def test_a_lora_added_later_under_pefts_default_name(target, confu, tmp_path):
+    model = get_peft_model(target, LoraConfig(init_lora_weights=False))
+    expected = plain(model)
+    model.save_pretrained(tmp_path)
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "confu" in key]
+    model.merge_adapter()
+    assert torch.equal(assisted(model, confu), plain(model))
+    model.unmerge_adapter()
+    torch.testing.assert_close(assisted(model, confu), expected)
+    assert confu.detach() is target
+    assert set(model.peft_config) == {"default"} and model.peft_config["default"].peft_type == "LORA"
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(plain(again), expected)
+
+
+def test_a_lora_of_the_same_name_keeps_its_configuration(target):
+    """Both injected as "default": PEFT keeps one configuration per name, and it is the later one's."""
+    inject_adapter_in_model(ConFuAdapterConfig(), target)
+    model = get_peft_model(target, LoraConfig(init_lora_weights=False))
+    remove_adapter(target, "default")
+    assert not hasattr(target, "confu") and model.peft_config["default"].peft_type == "LORA"
+
+
+def test_merging_a_lora_for_good_leaves_the_assistant(target):
+    model = get_peft_model(target, LoraConfig(init_lora_weights=False))
+    confu = ConFuAssistant.from_target(model, **DRAFT)
+    merged = model.merge_and_unload()
+    assert torch.equal(assisted(merged, confu), plain(merged))
+    assert confu.detach() is merged and not hasattr(merged, "confu")
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_used_target_can_be_pickled_and_saved_whole(target, confu, detached, tmp_path):
+    expected = assisted(target, confu)
+    if detached:
+        confu.detach()
+    twin = pickle.loads(pickle.dumps(target))
+    assert torch.equal(plain(twin), expected)
+    torch.save(target, tmp_path / "target.pt")
+    assert torch.equal(plain(torch.load(tmp_path / "target.pt", weights_only=False)), expected)
+    assert torch.equal(assisted(target, confu.attach(target)), expected)
+    assert len(target(PROMPT, output_hidden_states=True).hidden_states) == target.config.num_hidden_layers + 1
 
 
 def test_trains_when_fresh_and_not_when_loaded(target, confu, folder):
