@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 
 import pytest
 import torch
 from assisted_calls import DRAFT, PROMPT
-from safetensors.torch import load_file, save_file
+from refusals import refused, rewrite
 from tiny_models import tiny_llama, tiny_qwen3, tiny_target
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
 
@@ -23,21 +22,6 @@ def folder(tmp_path):
     """A saved pair that is on no target."""
     ConFuAssistant.from_target(tiny_llama(), **DRAFT).save_pretrained(tmp_path / "pair")
     return tmp_path / "pair"
-
-
-def refused(message, call, target, error=ValueError):
-    """`call()` raises `error` with all of `message` (got, expected, fix); the target still generates as before."""
-    with pytest.raises(error) as caught:
-        call()
-    text = " ".join(str(caught.value).split())
-    for part in message:
-        assert re.search(part, text), f"{part!r} is not in: {text}"
-    plain = tiny_llama().generate(PROMPT, max_new_tokens=6)
-    if type(target).__name__ == "LlamaForCausalLM" and target.config.to_dict() == tiny_llama().config.to_dict():
-        if target.dtype == torch.float64:
-            assert torch.equal(target.generate(PROMPT, max_new_tokens=6), plain)
-    else:
-        target(PROMPT)
 
 
 def generate(target, confu, prompt=PROMPT, **kwargs):
@@ -282,87 +266,6 @@ def test_something_that_is_no_model(confu):
     confu.detach()
     with pytest.raises(ValueError, match="got a Linear, expected a Transformers model or a PeftModel"):
         confu.attach(torch.nn.Linear(2, 2))
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def corrupt(path):
-    path.write_bytes(b"\xff" * 64)
-
-
-@pytest.mark.parametrize("damage", [truncate, corrupt])
-@pytest.mark.parametrize("name", ["model.safetensors", "adapter/adapter_model.safetensors"])
-@pytest.mark.parametrize("with_target", [True, False])
-def test_damaged_files(folder, damage, name, with_target):
-    damage(folder / name)
-    target = tiny_llama()
-    message = [
-        f"{folder}.*got a corrupted or truncated file",
-        "expected a complete safetensors file",
-        "download it again",
-    ]
-    kwargs = {"target": target} if with_target else {}
-    refused(message, lambda: ConFuAssistant.from_pretrained(folder, **kwargs), target)
-    assert not hasattr(target, "confu") and type(target) is type(tiny_llama())
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("config.json", "got .* expected config.json and model.safetensors among them. Pass the folder"),
-        ("model.safetensors", "got .* expected config.json and model.safetensors among them. Pass the folder"),
-        ("adapter/adapter_config.json", "got no adapter/ with adapter_config.json and adapter_model.safetensors"),
-        (
-            "adapter/adapter_model.safetensors",
-            "got no adapter/ with adapter_config.json and adapter_model.safetensors",
-        ),
-    ],
-)
-def test_missing_files(folder, name, message):
-    (folder / name).unlink()
-    target = tiny_llama()
-    call = lambda: ConFuAssistant.from_pretrained(folder, target=target)  # noqa: E731
-    refused([message], call, target, error=FileNotFoundError)
-    if name.startswith("adapter"):
-        assert ConFuAssistant.from_pretrained(folder)._adapter is None, "without a target, the adapter may come later"
-
-
-def test_missing_folder(target):
-    call = lambda: ConFuAssistant.from_pretrained("/nowhere/at/all", target=target)  # noqa: E731
-    refused(["/nowhere/at/all"], call, target, error=OSError)
-
-
-def rewrite(path, change):
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w["fc.weight"].fill_(float("nan")), "`fc.weight` .* got NaN or infinite weights, expected finite"),
-        (lambda w: w.pop("fc.weight"), r"got missing keys: \['fc.weight'\], expected exactly"),
-        (lambda w: w.update(other=torch.zeros(1)), r"got unexpected keys: \['other'\], expected exactly"),
-    ],
-)
-def test_draft_weights(folder, change, message):
-    rewrite(folder / "model.safetensors", change)
-    target = tiny_llama()
-    refused([message, "ownload it again"], lambda: ConFuAssistant.from_pretrained(folder, target=target), target)
-
-
-def test_nan_in_the_adapter_file(folder):
-    key = "base_model.model.confu.confu_experts.weight"
-    rewrite(folder / "adapter" / "adapter_model.safetensors", lambda w: w[key].fill_(float("inf")))
-    target = tiny_llama()
-    message = [
-        "`confu_experts` of .*got NaN or infinite weights, expected finite numbers",
-        "Download the adapter again",
-    ]
-    refused(message, lambda: ConFuAssistant.from_pretrained(folder, target=target), target)
 
 
 def test_weights_are_looked_at_once_a_version(target, confu, monkeypatch):

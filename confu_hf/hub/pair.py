@@ -13,6 +13,7 @@ dtype, on a device, is Transformers', putting the adapter on a target is `adapte
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ logger = logging.get_logger(__name__)
 
 ADAPTER_FOLDER = "adapter"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+MODEL_ARGUMENTS = ("dtype", "torch_dtype")  # they are in a saved config too, but say how to load
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,10 @@ def _check_folder(path: str | os.PathLike, subfolder: str) -> None:
 
 
 def _read_config(
-    path: str | os.PathLike, config: ConFuConfig | str | os.PathLike | None, hub: Mapping[str, Any], overrides: dict
+    path: str | os.PathLike,
+    config: ConFuConfig | str | os.PathLike | None,
+    hub: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> tuple[ConFuConfig, str | None, dict[str, Any]]:
     """The draft's config without the checksum, the checksum, and the arguments that are no fields of the config."""
     # The checksum is of the weights beside it, whichever config is asked for.
@@ -147,15 +152,18 @@ def _read_config(
             expected=f"{ConFuConfig.model_type!r}",
             fix="Pass a ConFu pair, or convert the checkpoint first.",
         )
-    if not isinstance(config, ConFuConfig):
+    if isinstance(config, ConFuConfig):
+        fields = {}
+    else:
+        known = saved.keys() | inspect.signature(ConFuConfig.__init__).parameters.keys()
+        fields = {name: value for name, value in arguments.items() if name in known and name not in MODEL_ARGUMENTS}
         try:
-            config, overrides = ConFuConfig.from_pretrained(
-                config or path, return_unused_kwargs=True, **hub, **overrides
-            )
+            config = ConFuConfig.from_pretrained(config or path, **hub, **fields)
         except (AttributeError, TypeError, ZeroDivisionError) as error:
             raise _no_draft(path, error) from error
     config.__dict__.pop(CHECKSUM, None)
-    return config, saved.get(CHECKSUM), overrides
+    others = {name: value for name, value in arguments.items() if name not in fields}
+    return config, saved.get(CHECKSUM), others
 
 
 def _read_draft(path: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
