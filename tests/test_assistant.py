@@ -149,8 +149,10 @@ def test_merging_a_lora_for_good_leaves_the_assistant(target):
     assert confu.detach() is merged and not hasattr(merged, "confu")
 
 
+@pytest.mark.parametrize("contemplate", [False, True])
 @pytest.mark.parametrize("detached", [False, True])
-def test_a_used_target_can_be_pickled_and_saved_whole(target, confu, detached, tmp_path):
+def test_a_used_target_can_be_pickled_and_saved_whole(target, contemplate, detached, tmp_path):
+    confu = ConFuAssistant.from_target(target, contemplate=contemplate, draft_vocab_size=50)
     expected = assisted(target, confu)
     if detached:
         confu.detach()

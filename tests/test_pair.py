@@ -176,6 +176,15 @@ def test_changed_weights_get_a_checksum_of_their_own(folder):
     assert torch.equal(*experts)
 
 
+def test_what_was_read_does_not_hang_on_the_file(folder, confu):
+    loaded = ConFuAssistant.from_pretrained(folder, dtype="auto")
+    for name in CONFIGS:
+        with open(folder / name, "r+b") as file:
+            file.write(b"\xff" * (folder / name).stat().st_size)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in confu.state_dict().items())
+    loaded.attach(tiny_llama())
+
+
 def test_what_peft_saves_carries_no_checksum_of_another_file(folder, tmp_path):
     config = PeftConfig.from_pretrained(folder / "adapter")
     assert isinstance(config, ConFuAdapterConfig) and config.weights_sha256

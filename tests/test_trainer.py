@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,36 @@ def test_a_resumed_run_ends_with_the_same_weights(finished, tmp_path, step):
         assert torch.equal(weight, expected[name]), name
     assert logged(resumed, "loss") == logged(trainer, "loss")
     assert logged(resumed, "answer_tokens_seen") == logged(trainer, "answer_tokens_seen")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(finished, tmp_path, name):
+    contemplate, folder, _ = finished
+    if not contemplate and name.startswith("adapter"):
+        pytest.skip("an EAGLE-3 draft has no adapter")
+    checkpoint = shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    data = bytearray((checkpoint / name).read_bytes())
+    data[-3] ^= 1
+    (checkpoint / name).write_bytes(data)
+    trainer = make_trainer(tmp_path, contemplate)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"The weights in .*: got the checksum .*, expected .*Download both again"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    (checkpoint / name).unlink()
+    with pytest.raises(FileNotFoundError, match="got .*, expected both|among them"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_best_model_is_loaded_at_the_end(finished, tmp_path):
+    contemplate, folder, _ = finished
+    trainer = make_trainer(tmp_path, contemplate)
+    trainer.state.best_model_checkpoint = str(folder / "checkpoint-4")
+    trainer._load_best_model()
+    trainer.save_model(str(tmp_path / "best"))
+    expected = saved_weights(folder / "checkpoint-4")
+    for key, value in saved_weights(tmp_path / "best").items():
+        assert torch.equal(value, expected[key])
 
 
 def test_resuming_with_muon(tmp_path):

@@ -70,12 +70,14 @@ class Attachment:
     def undo(self) -> None:
         """Take off what [`attach_adapter`] put on, and let train what trained before."""
         target = self.target
-        if target is None or not self.owned:
+        if target is None:
+            return
+        compat.forget_output_capturing(target)
+        if not self.owned:
             return
         if self.adapter_name in self.layer.configs:
             remove_adapter(target, self.adapter_name)
         compat.forget_adapters(target)
-        compat.forget_output_capturing(target)
         for name, parameter in target.named_parameters():
             if name in self.trainable:
                 parameter.requires_grad_(True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from ..errors import refusal
 
@@ -54,7 +54,8 @@ def record_checksum(config_file: str | Path, weights: Mapping[str, torch.Tensor]
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file; a `ValueError` if it cannot be read."""
     try:
-        return load_file(path)
+        # Not mapped into memory: what was checked stays what is used, whatever becomes of the file.
+        return load(Path(path).read_bytes())
     except (SafetensorError, OSError) as error:
         raise refusal(
             f"Reading {path}",

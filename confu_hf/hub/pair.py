@@ -65,7 +65,7 @@ def read_pair(
     adapter_required: bool = True,
     **kwargs: Any,
 ) -> SavedPair:
-    """Read and check a pair. Nothing is built on the way that is as large as the draft.
+    """Read and check a pair.
 
     Args:
         path: a folder, or a repository on the Hub.
