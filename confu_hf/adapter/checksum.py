@@ -1,6 +1,6 @@
-"""Safetensors files and their checksum: kept in the configuration beside them, so that a flipped bit is seen when they are loaded.
+"""Safetensors files, and the checksum of a file's weights: kept in the configuration beside it, it shows a flipped bit.
 
-It is taken of what a file holds (names, dtypes, shapes, bytes), before any conversion to another dtype or device.
+It is taken of what the file holds (names, dtypes, shapes, bytes), before any conversion to another dtype or device.
 Which file, and which configuration, are `files.py`'s for adapters and `hub/pair.py`'s for drafts.
 """
 

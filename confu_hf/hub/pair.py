@@ -170,20 +170,21 @@ def _read_draft(path: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, to
     """All tensors of the draft, of one file or of several with an index."""
     try:
         return read_tensors(cached_file(path, SAFE_WEIGHTS_NAME, **hub))
-    except OSError as error:
+    except OSError as missing:
         try:
-            index = json.loads(Path(cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **hub)).read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
-            files = [cached_file(path, name, **hub) for name in names]
+            index = Path(cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **hub))
         except OSError:
-            raise error from None
-        except (AttributeError, KeyError, TypeError, ValueError) as broken:
-            raise refusal(
-                f"{SAFE_WEIGHTS_INDEX_NAME} of {path}",
-                got=f"a file that cannot be understood ({type(broken).__name__}: {broken})",
-                expected="the index of a draft saved in several files",
-                fix="Download it again.",
-            ) from broken
+            raise missing from None
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise refusal(
+            f"{SAFE_WEIGHTS_INDEX_NAME} of {path}",
+            got=f"a file that cannot be understood ({type(error).__name__}: {error})",
+            expected="the index of a draft saved in several files",
+            fix="Download it again.",
+        ) from error
+    files = [cached_file(path, name, **hub) for name in names]
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
@@ -263,4 +264,6 @@ def _read_adapter(path: str | os.PathLike, hub: Mapping[str, Any], *, required: 
             fix="Download the repository again, or pass a draft that was saved with its adapter.",
             error=FileNotFoundError,
         ) from error
-    return LooseAdapter(*load_adapter_folder(Path(files[0]).parent))
+    config, weights = load_adapter_folder(Path(files[0]).parent)
+    config.inference_mode = True  # whoever wants to train it says so
+    return LooseAdapter(config, weights)

@@ -136,9 +136,9 @@ class ConFuTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         module = self.accelerator.unwrap_model(model or self.model)
         pair = read_pair(resume_from_checkpoint, config=module.draft.config)
-        module.draft.load_state_dict(pair.weights)
-        if pair.adapter is not None:
+        if pair.adapter is not None:  # first: it may be another run's, and is refused whole
             module.target.confu.set_adapter_weights(module.target.confu.current, pair.adapter.weights)
+        module.draft.load_state_dict(pair.weights)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
