@@ -150,6 +150,21 @@ def forget_adapters(model: PreTrainedModel) -> None:
         model._hf_peft_config_loaded = False
 
 
+def forget_output_capturing(model: nn.Module) -> None:
+    """Take off the hooks that Transformers leaves behind when hidden states were asked for: closures, which cannot be
+    pickled. It puts them on again when it needs them."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                for hooks in (
+                    module._forward_hooks,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    hooks.pop(key, None)
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside what `torch.compile` returns."""
     return getattr(model, "_orig_mod", model)
@@ -177,6 +192,11 @@ class GenerateSteps:
     def decode(self, assistant: Any, checked: Any, inputs: dict[str, Any], **arguments: Any) -> Any:
         """Decode. `inputs` are the model's; the other arguments are those of `generate`'s decoding methods."""
         raise NotImplementedError
+
+    def __getstate__(self):
+        """Pickling and copying start from a model without the hooks that a call leaves behind."""
+        forget_output_capturing(self)
+        return super().__getstate__()
 
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
         taken = {}

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
 
-def refusal(subject: str, *, got: object, expected: object, fix: str) -> ValueError:
-    """The `ValueError` of a refusal, for the caller to raise: `subject: got ..., expected .... fix`"""
-    return ValueError(f"{subject}: got {got}, expected {expected}. {fix}")
+Error = TypeVar("Error", bound=Exception)
+
+
+def refusal(
+    subject: str, *, got: object, expected: object, fix: str, error: type[Error] = ValueError
+) -> ValueError | Error:
+    """The error of a refusal, for the caller to raise: `subject: got ..., expected .... fix`
+
+    Args:
+        error: another class than `ValueError`, where callers may want to tell it apart (a missing file).
+    """
+    return error(f"{subject}: got {got}, expected {expected}. {fix}")

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 from assisted_calls import DRAFT, PROMPT, assisted, plain
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from transformers import (
@@ -20,7 +20,8 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from confu_hf import ConFuAssistant, ConFuConfig, ConFuGenerationConfig
+from confu_hf import ConFuAdapterConfig, ConFuAssistant, ConFuConfig, ConFuGenerationConfig
+from confu_hf.adapter.tuner import remove_adapter
 
 
 def snapshot(target):
@@ -60,12 +61,12 @@ def test_attach_and_detach_leave_no_trace(contemplate):
 
 
 def test_attaching_again_brings_the_same_adapter(target, confu):
-    weights = target.confu.adapter_weights("default")
+    weights = target.confu.adapter_weights("contemplate")
     confu.detach()
     other = tiny_llama(seed=1)
     confu.attach(other)
     for name, weight in weights.items():
-        assert torch.equal(other.confu.adapter_weights("default")[name], weight)
+        assert torch.equal(other.confu.adapter_weights("contemplate")[name], weight)
     with pytest.raises(
         ValueError, match=r"attached to another model, expected a free one. Call confu.detach\(\) first"
     ):
@@ -75,20 +76,20 @@ def test_attaching_again_brings_the_same_adapter(target, confu):
 def test_the_adapter_outlives_its_target():
     target = tiny_llama()
     confu = ConFuAssistant.from_target(target, **DRAFT)
-    experts = target.confu.adapter_weights("default")["confu_experts"].clone()
+    experts = target.confu.adapter_weights("contemplate")["confu_experts"].clone()
     del target
     gc.collect()
     assert confu.target is None, "an assistant does not keep its target in memory"
     other = tiny_llama()
     confu.attach(other)
-    assert torch.equal(other.confu.adapter_weights("default")["confu_experts"], experts)
+    assert torch.equal(other.confu.adapter_weights("contemplate")["confu_experts"], experts)
 
 
 def test_two_assistants_share_a_target(target, confu):
     expected = plain(target)
     second = ConFuAssistant.from_target(target, num_virtual_tokens=2, draft_vocab_size=40)
     eagle = ConFuAssistant.from_target(target, contemplate=False, draft_vocab_size=40)
-    assert set(target.confu.configs) == {"default", "default_1"}
+    assert set(target.confu.configs) == {"contemplate", "contemplate_1"}
     lengths = []
     target.confu.register_forward_hook(lambda layer, *_: lengths.append(layer.soft_prompt_length))
     for assistant in (confu, second, eagle):
@@ -117,6 +118,52 @@ def test_next_to_a_lora(target):
     assert confu.detach() is merged
 
 
+def test_a_lora_added_later_under_pefts_default_name(target, confu, tmp_path):
+    model = get_peft_model(target, LoraConfig(init_lora_weights=False))
+    expected = plain(model)
+    model.save_pretrained(tmp_path)
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "confu" in key]
+    model.merge_adapter()
+    assert torch.equal(assisted(model, confu), plain(model))
+    model.unmerge_adapter()
+    torch.testing.assert_close(assisted(model, confu), expected)
+    assert confu.detach() is target
+    assert set(model.peft_config) == {"default"} and model.peft_config["default"].peft_type == "LORA"
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(plain(again), expected)
+
+
+def test_a_lora_of_the_same_name_keeps_its_configuration(target):
+    """Both injected as "default": PEFT keeps one configuration per name, and it is the later one's."""
+    inject_adapter_in_model(ConFuAdapterConfig(), target)
+    model = get_peft_model(target, LoraConfig(init_lora_weights=False))
+    remove_adapter(target, "default")
+    assert not hasattr(target, "confu") and model.peft_config["default"].peft_type == "LORA"
+
+
+def test_merging_a_lora_for_good_leaves_the_assistant(target):
+    model = get_peft_model(target, LoraConfig(init_lora_weights=False))
+    confu = ConFuAssistant.from_target(model, **DRAFT)
+    merged = model.merge_and_unload()
+    assert torch.equal(assisted(merged, confu), plain(merged))
+    assert confu.detach() is merged and not hasattr(merged, "confu")
+
+
+@pytest.mark.parametrize("contemplate", [False, True])
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_used_target_can_be_pickled_and_saved_whole(target, contemplate, detached, tmp_path):
+    confu = ConFuAssistant.from_target(target, contemplate=contemplate, draft_vocab_size=50)
+    expected = assisted(target, confu)
+    if detached:
+        confu.detach()
+    twin = pickle.loads(pickle.dumps(target))
+    assert torch.equal(plain(twin), expected)
+    torch.save(target, tmp_path / "target.pt")
+    assert torch.equal(plain(torch.load(tmp_path / "target.pt", weights_only=False)), expected)
+    assert torch.equal(assisted(target, confu.attach(target)), expected)
+    assert len(target(PROMPT, output_hidden_states=True).hidden_states) == target.config.num_hidden_layers + 1
+
+
 def test_trains_when_fresh_and_not_when_loaded(target, confu, folder):
     assert all(parameter.requires_grad for parameter in target.confu.parameters())
     assert not any(p.requires_grad for name, p in target.named_parameters() if not name.startswith("confu."))
@@ -142,8 +189,8 @@ def test_layout_on_disk(folder, confu):
 
 def assert_same_pair(left, right, left_target, right_target):
     assert all(torch.equal(value, right.state_dict()[name]) for name, value in left.state_dict().items())
-    weights = right_target.confu.adapter_weights("default")
-    for name, weight in left_target.confu.adapter_weights("default").items():
+    weights = right_target.confu.adapter_weights("contemplate")
+    for name, weight in left_target.confu.adapter_weights("contemplate").items():
         assert torch.equal(weight, weights[name])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -81,6 +82,36 @@ def test_a_resumed_run_ends_with_the_same_weights(finished, tmp_path, step):
     assert logged(resumed, "answer_tokens_seen") == logged(trainer, "answer_tokens_seen")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(finished, tmp_path, name):
+    contemplate, folder, _ = finished
+    if not contemplate and name.startswith("adapter"):
+        pytest.skip("an EAGLE-3 draft has no adapter")
+    checkpoint = shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    data = bytearray((checkpoint / name).read_bytes())
+    data[-3] ^= 1
+    (checkpoint / name).write_bytes(data)
+    trainer = make_trainer(tmp_path, contemplate)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"The weights in .*: got the checksum .*, expected .*Download both again"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    (checkpoint / name).unlink()
+    with pytest.raises(FileNotFoundError, match="got .*, expected both|among them"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_best_model_is_loaded_at_the_end(finished, tmp_path):
+    contemplate, folder, _ = finished
+    trainer = make_trainer(tmp_path, contemplate)
+    trainer.state.best_model_checkpoint = str(folder / "checkpoint-4")
+    trainer._load_best_model()
+    trainer.save_model(str(tmp_path / "best"))
+    expected = saved_weights(folder / "checkpoint-4")
+    for key, value in saved_weights(tmp_path / "best").items():
+        assert torch.equal(value, expected[key])
+
+
 def test_resuming_with_muon(tmp_path):
     options = {"muon": True, "adapter_learning_rate": 1e-2}
     whole, resumed, adamw = (
@@ -135,8 +166,8 @@ def test_the_folder_is_what_users_load(finished):
     assert assistant.dtype == torch.float64 and assistant.config.contemplate == contemplate
     torch.testing.assert_close(assistant.lm_head.weight, trainer.model.draft.lm_head.weight.double(), rtol=0, atol=0)
     if contemplate:
-        trained = trainer.model.target.confu.adapter_weights("default")
-        for name, weight in target.confu.adapter_weights("default").items():
+        trained = trainer.model.target.confu.adapter_weights("contemplate")
+        for name, weight in target.confu.adapter_weights("contemplate").items():
             torch.testing.assert_close(weight, trained[name].double(), rtol=0, atol=0)
     prompt = torch.tensor([[5, 17, 40, 8]])
     expected = tiny_llama().generate(prompt, max_new_tokens=12, do_sample=False)
@@ -152,7 +183,7 @@ def test_peft_loads_the_adapter_of_the_folder(finished):
     if not contemplate:
         pytest.skip("an EAGLE-3 draft has no adapter")
     model = PeftModel.from_pretrained(tiny_llama(dtype=torch.float32), folder, subfolder="adapter")
-    trained = trainer.model.target.confu.adapter_weights("default")
+    trained = trainer.model.target.confu.adapter_weights("contemplate")
     for name, weight in model.get_base_model().confu.adapter_weights("default").items():
         assert torch.equal(weight, trained[name])
 

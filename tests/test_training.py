@@ -214,7 +214,7 @@ def test_gradients_reach_draft_and_adapter_and_nothing_else(kind):
     module = ConFuForTraining(target, draft).train()
     module(**batch_of((4, 16), (3, 12)))["loss"].backward()
     trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
-    adapter = {f"target.confu.confu_{name}.default.weight" for name in ("prompts", "experts", "router")}
+    adapter = {f"target.confu.confu_{name}.contemplate.weight" for name in ("prompts", "experts", "router")}
     assert trained == {f"draft.{name}" for name, _ in draft.named_parameters()} | (adapter if kind else set())
     for name in trained:
         gradient = module.get_parameter(name).grad

@@ -139,7 +139,7 @@ def test_a_slip_of_the_future_would_be_seen(monkeypatch):
             return (decoded_round(target, draft, batch["input_ids"], row, 1) - outputs[:, 0, 3]).abs().max() > 1e-4
 
     assert not differs()
-    weights = target.confu.adapter_weights("default")
+    weights = target.confu.adapter_weights(target.confu.current)
     for name in ("confu_prompts", "confu_experts", "confu_router"):
         kept = weights[name].clone()
         weights[name].copy_(-kept)

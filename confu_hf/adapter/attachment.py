@@ -1,6 +1,7 @@
 """Puts an assistant's adapter on a target, and takes it off again without a trace.
 
-Knows PEFT and nothing of decoding: the route of `generate` is `assisted.py`'s, the adapter itself `adapter.py`'s.
+Knows PEFT and nothing of decoding or of files: the route of `generate` is `assistant/routing.py`'s, injection
+`tuner.py`'s, a pair on disk `hub/pair.py`'s.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from transformers import PreTrainedModel
 from .. import compat
 from ..errors import refusal
 from .config import ConFuAdapterConfig
-from .files import CHILD_NAME
+from .files import CHILD_NAME, check_adapter_weights
 from .layer import ConFuLayer
 from .tuner import remove_adapter
+
+ADAPTER_NAME = "contemplate"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class LooseAdapter:
 
     config: ConFuAdapterConfig
     weights: dict[str, torch.Tensor] | None = None
+
+    @classmethod
+    def of_layer(cls, layer: ConFuLayer, adapter_name: str) -> LooseAdapter:
+        """A view of an adapter on a target: its weights are the layer's own."""
+        return cls(layer.configs[adapter_name], layer.adapter_weights(adapter_name))
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,15 @@ class Attachment:
         """The adapter as it is now, with the target or after it is gone; None if it was deleted, or never was."""
         if self.layer is None or self.adapter_name not in self.layer.configs:
             return None
-        return LooseAdapter(self.layer.configs[self.adapter_name], self.layer.adapter_weights(self.adapter_name))
+        return LooseAdapter.of_layer(self.layer, self.adapter_name)
 
     def undo(self) -> None:
         """Take off what [`attach_adapter`] put on, and let train what trained before."""
         target = self.target
-        if target is None or not self.owned:
+        if target is None:
+            return
+        compat.forget_output_capturing(target)
+        if not self.owned:
             return
         if self.adapter_name in self.layer.configs:
             remove_adapter(target, self.adapter_name)
@@ -88,8 +99,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def attach_adapter(target: PreTrainedModel, adapter: LooseAdapter) -> Attachment:
     """Inject an adapter under a free name; on a misfit the target stays as it was."""
+    if adapter.weights is not None:
+        check_adapter_weights(adapter.config, adapter.weights, source="the assistant's adapter")
     taken = getattr(target, "peft_config", {})
-    names = ["default", *(f"default_{number}" for number in range(1, len(taken) + 1))]
+    # Not PEFT's "default": a LoRA that is added later, with PEFT's defaults, would overwrite this one's configuration.
+    names = [ADAPTER_NAME, *(f"{ADAPTER_NAME}_{number}" for number in range(1, len(taken) + 1))]
     name = next(name for name in names if name not in taken)
     trainable = frozenset(key for key, parameter in target.named_parameters() if parameter.requires_grad)
     with warnings.catch_warnings():
@@ -99,4 +113,5 @@ def attach_adapter(target: PreTrainedModel, adapter: LooseAdapter) -> Attachment
     layer = getattr(target, CHILD_NAME)
     if adapter.weights is not None:
         layer.set_adapter_weights(name, adapter.weights)
+    layer.owned.add(name)
     return Attachment(weakref.ref(target), layer, name, owned=True, trainable=trainable)

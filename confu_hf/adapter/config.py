@@ -1,15 +1,17 @@
-"""`ConFuAdapterConfig`: what an adapter looks like and which target it fits."""
+"""`ConFuAdapterConfig`: what an adapter looks like and which target it fits. Where its weights are is `layer.py`'s."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from ..configuration_confu import ConFuConfig
 from ..errors import refusal
+from .checksum import CHECKSUM
 
 
 class ConFuPeftType(str, Enum):  # noqa: UP042 - StrEnum needs Python 3.11
@@ -41,6 +43,10 @@ class ConFuAdapterConfig(PeftConfig):
     target_layer_ids: list[int] | None = field(
         default=None, metadata={"help": "The three layers whose entering hidden states are the features."}
     )
+    weights_sha256: str | None = field(
+        default=None,
+        metadata={"help": "Checksum of the file that was saved with this configuration, until it is read."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +69,12 @@ class ConFuAdapterConfig(PeftConfig):
                 self._refuse(
                     "target_layer_ids", f"three increasing layer indices below {layers or 'the number of layers'}"
                 )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the checksum: it is of one file, and whoever writes another one has to take it anew."""
+        fields = super().to_dict()
+        fields.pop(CHECKSUM)
+        return fields
 
     def _refuse(self, name: str, expected: str) -> None:
         raise refusal(

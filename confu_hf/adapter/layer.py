@@ -1,9 +1,14 @@
-"""`ConFuLayer`: the weights of the adapters of a target, by name. Passive: no module of the target calls it."""
+"""`ConFuLayer`: the weights of the adapters of a target, by name. Passive: no module of the target calls it.
+
+It says what the active adapter is and mixes the contemplate token's embedding. Injection is `tuner.py`'s, files are
+`files.py`'s, soft prompts are run by `target/soft_prompts.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +17,7 @@ from ..compat import BaseTunerLayer
 from ..errors import refusal
 from ..experts import mix_experts
 from .config import ConFuAdapterConfig
-from .files import WEIGHT_NAMES
+from .files import WEIGHT_NAMES, check_adapter_weights
 
 
 class ConFuWeight(nn.Module):
@@ -40,6 +45,10 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, ConFuAdapterConfig] = {}
         self.merged_adapters = []
         self._active_adapter = []
+        # Adapters that an assistant put here, for itself alone. Copies belong to nobody.
+        self.owned: set[str] = set()
+        # By adapter: its weights, and their versions, when they were last found to be complete and finite.
+        self._checked: dict[str, tuple[list[nn.Parameter], list[tuple]]] = {}
         # Empty; it follows `target.to(...)` and so says where weights that arrive later belong.
         self.register_buffer("placement", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
@@ -117,9 +126,42 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def set_adapter_weights(self, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copy checked weights (see [`check_adapter_weights`]) into an adapter."""
+        """Copy weights, by short name, into an adapter; nothing is copied unless they fit."""
+        check_adapter_weights(self.configs[adapter_name], weights, source=f"adapter {adapter_name!r}")
         for name in WEIGHT_NAMES:
             getattr(self, name)[adapter_name].weight.copy_(weights[name])
+
+    def check_weights(self, adapter_name: str) -> None:
+        """Raise a `ValueError` if an adapter has weights that are missing, misshapen or not finite.
+
+        Adapters that PEFT or Transformers loaded pass through here alone. Every version of the weights is looked at
+        once; those that an offloading hook keeps elsewhere are not.
+        """
+        weights = [getattr(self, name)[adapter_name].weight for name in WEIGHT_NAMES]
+        versions = [_version(weight) for weight in weights]
+        known, known_versions = self._checked.get(adapter_name, ((), ()))
+        unchanged = len(known) == len(weights) and all(old is new for old, new in zip(known, weights, strict=True))
+        if any(weight.is_meta for weight in weights) or (
+            unchanged and versions == known_versions and None not in versions
+        ):
+            return
+        found = self.adapter_weights(adapter_name)
+        check_adapter_weights(self.configs[adapter_name], found, source=f"adapter {adapter_name!r} on the target")
+        self._checked[adapter_name] = (weights, versions)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.owned.discard(adapter_name)
+        self._checked.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to merge: no weight of the target depends on ConFu. PEFT asks every layer when a LoRA is merged."""
+
+    def unmerge(self) -> None:
+        """See [`merge`]."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "owned": set(), "_checked": {}}
 
     def _current(self) -> str:
         if self.current is None:
@@ -137,3 +179,10 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
             weights = getattr(self, name)
             if adapter_name in weights and not weights[adapter_name].weight.is_meta:
                 weights[adapter_name].to(device or self.placement.device, dtype=self.placement.dtype)
+
+
+def _version(weight: nn.Parameter) -> tuple | None:
+    """Differs after every change that PyTorch sees; None for a weight that keeps no count (made in inference mode)."""
+    if weight.is_inference():
+        return None
+    return weight._version, weight.data_ptr(), weight.dtype, weight.device

@@ -2,9 +2,10 @@
 
 Importing this module registers the method (`peft_type="CONFU"`), so that `get_peft_model`, `PeftModel.from_pretrained`
 and `target.load_adapter` know it. Injection adds ONE passive child, `target.confu`, and replaces no layer: the target
-computes, bit for bit, what it computed before. Who reads the child is left to others: `target.py` runs its soft
-prompts, `generation.py` embeds contemplate tokens with it, `assisted.py` asks (through [`on_injection`]) to be told of
-every target that gets one. Files are `adapter_weights.py`'s.
+computes, bit for bit, what it computed before. Who reads the child is left to others: `target/soft_prompts.py` runs
+its soft prompts, `decoding/` embeds contemplate tokens with it, `assistant/assistant.py` asks (through
+[`on_injection`]) to be told of every target that gets one. Files are `files.py`'s, an assistant's own adapter is
+`attachment.py`'s.
 
     target
       model ...                             untouched, frozen
@@ -23,8 +24,10 @@ from torch import nn
 
 from .. import compat
 from ..compat import BaseTuner, BaseTunerLayer
+from ..errors import refusal
+from .checksum import check_checksum
 from .config import ConFuAdapterConfig, ConFuPeftType
-from .files import CHILD_NAME, check_adapter_weights, short_name, state_dict_keys
+from .files import CHILD_NAME, by_short_name, check_adapter_weights, state_dict_keys
 from .layer import ConFuLayer
 
 _injection_callbacks: list[Callable[[nn.Module], None]] = []
@@ -59,6 +62,8 @@ class ConFuTuner(BaseTuner):
             self.peft_config.pop(adapter_name)
             compat.forget_adapters(model)
             raise
+        if not config.inference_mode:
+            config.weights_sha256 = None  # it is of a file; what trains here becomes something else
         alone = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         self._create_and_replace(
             config, adapter_name, None, CHILD_NAME, model, CHILD_NAME, low_cpu_mem_usage=low_cpu_mem_usage
@@ -102,16 +107,22 @@ class ConFuTuner(BaseTuner):
         return self.model
 
     def merge_and_unload(self, *args, **kwargs) -> nn.Module:
-        raise NotImplementedError(
-            "A ConFu adapter cannot be merged: only contemplate tokens read it, it changes no weight. Use `unload()`."
+        raise refusal(
+            "A ConFu adapter cannot be merged",
+            got="a request to merge weights that only contemplate tokens read",
+            expected="an adapter that changes weights of the target, such as a LoRA",
+            fix="Call `unload()` to take it off.",
+            error=NotImplementedError,
         )
 
     merge_adapter = merge_and_unload
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        short = {short_name(key): value for key, value in state_dict.items()}
-        check_adapter_weights(config, short, source="the loaded adapter")
+        source = "the loaded adapter"
+        check_adapter_weights(config, by_short_name(state_dict), source=source)
+        check_checksum(config.weights_sha256, state_dict, source=source)
+        config.weights_sha256 = None  # of the file that was just read; the next one may be another
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -121,7 +132,9 @@ def remove_adapter(target: nn.Module, adapter_name: str) -> None:
     layer.set_adapter([name for name in layer.configs if name != adapter_name][:1])
     layer.delete_adapter(adapter_name)
     compat.no_longer_ignore_on_save(target, state_dict_keys(adapter_name))
-    getattr(target, "peft_config", {}).pop(adapter_name, None)
+    configs = getattr(target, "peft_config", {})
+    if adapter_name in configs and configs[adapter_name].peft_type == ConFuPeftType.CONFU:
+        del configs[adapter_name]  # PEFT may have given the name to another method's adapter since
     if not layer.configs:
         delattr(target, CHILD_NAME)
         getattr(target, "hf_device_map", {}).pop(CHILD_NAME, None)
@@ -130,7 +143,13 @@ def remove_adapter(target: nn.Module, adapter_name: str) -> None:
 def _register() -> None:
     known = compat.PEFT_TYPE_TO_CONFIG_MAPPING.get(ConFuPeftType.CONFU)
     if known is not None and known.__module__ != __name__:
-        raise KeyError(f"PEFT already knows a method named CONFU, of {known.__module__}.")
+        raise refusal(
+            "Registering ConFu with PEFT",
+            got=f"a method of that name, of {known.__module__}",
+            expected="none",
+            fix="Import only one package that brings ConFu.",
+            error=KeyError,
+        )
     compat.PEFT_TYPE_TO_CONFIG_MAPPING[ConFuPeftType.CONFU] = ConFuAdapterConfig
     compat.PEFT_TYPE_TO_TUNER_MAPPING[ConFuPeftType.CONFU] = ConFuTuner
     compat.PEFT_TYPE_TO_PREFIX_MAPPING[ConFuPeftType.CONFU] = ConFuTuner.prefix

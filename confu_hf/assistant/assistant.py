@@ -1,27 +1,22 @@
-"""`generate(assistant_model=confu)`: the route into ConFu's decoding loop, and the assistant that opens it.
+"""`ConFuAssistant`: a draft, its adapter, and the target they are attached to; what `assistant_model=` takes.
 
-A target with an adapter, or with an assistant
-attached, gets a subclass of its class (same name, module and qualified name) that changes three steps of `generate`;
-one path then serves `model.generate`, `PeftModel.generate` and `pipeline`. Other assistants pass through unchanged.
-The loop is `generation.py`'s, the checks are `validation.py`'s, the steps' private names `compat.py`'s.
+A life: loaded or made fresh, attached to a target, used, detached, saved. Files are `hub/pair.py`'s, the adapter's way
+onto a target `adapter/attachment.py`'s, the route of `generate` into the decoding loop `routing.py`'s, the checks
+before a generation starts `checks.py`'s.
 """
 
 from __future__ import annotations
 
-import copy
 import weakref
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .. import compat
 from ..adapter.attachment import Attachment, LooseAdapter, attach_adapter, base_model
 from ..adapter.config import ConFuAdapterConfig
-from ..adapter.files import corrupted, load_adapter_folder, save_adapter_folder
 from ..adapter.tuner import on_injection
 from ..configuration_confu import ConFuConfig
 from ..decoding.contemplation import Contemplator
@@ -29,14 +24,12 @@ from ..decoding.drafting import Drafter, NetworkDrafter
 from ..decoding.policy import FixedPolicy, Policy
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
-from ..hub.pair import ADAPTER_FOLDER, check_draft_files, find_adapter, hub_arguments
+from ..hub.pair import read_pair, write_pair
 from ..modeling_confu import ConFuDraftModel
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
 from .routing import route, unroute
-
-logger = logging.get_logger(__name__)
 
 ADAPTER_FIELDS = ("num_virtual_tokens", "soft_prompt_type", "num_experts", "num_experts_per_token")
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
@@ -96,23 +89,20 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
             ValueError: files are corrupted, incomplete or not finite, or the pair was made for another target.
                 The target is untouched in either case.
         """
-        path, hub_kwargs = pretrained_model_name_or_path, hub_arguments(kwargs)
+        path = pretrained_model_name_or_path
         report = kwargs.pop("output_loading_info", False)
-        check_draft_files(path, hub_kwargs.get("subfolder", ""))
         embedding = None
         if target is not None:
             target = base_model(target)
             embedding = target.get_input_embeddings().weight
             if not {"dtype", "torch_dtype"} & set(kwargs) and embedding.is_floating_point():
                 kwargs["dtype"] = embedding.dtype
-        try:
-            assistant, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise corrupted(path, error) from error
-        _check_loaded(assistant, info, path)
-        assistant._load_generation_config(path, hub_kwargs)
-        if assistant.config.contemplate:
-            assistant._adapter = _load_adapter(path, hub_kwargs, required=target is not None)
+        pair = read_pair(path, adapter_required=target is not None, **kwargs)
+        assistant, info = super().from_pretrained(
+            None, *model_args, config=pair.config, state_dict=pair.weights, output_loading_info=True, **pair.arguments
+        )
+        assistant.config.name_or_path = str(path)
+        assistant.generation_config, assistant._adapter = pair.generation_config, pair.adapter
         if target is not None:
             if kwargs.get("device_map") is None and not embedding.is_meta:
                 assistant.to(embedding.device)
@@ -216,17 +206,9 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """Write the draft, its generation config, and the adapter in `adapter/`: the layout of a Hub repository."""
         if push_to_hub:
             push_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        write_pair(save_directory, self, self._loose_adapter(), is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
-        self.generation_config.save_pretrained(save_directory)
-        adapter = self._loose_adapter()
-        if adapter is not None and adapter.weights is not None:
-            config = copy.deepcopy(adapter.config)
-            config.inference_mode = True  # as PEFT saves: whoever loads it says whether it trains
-            save_adapter_folder(Path(save_directory) / ADAPTER_FOLDER, config, adapter.weights)
-        elif self.config.contemplate:
-            logger.warning(f"{save_directory} gets a draft without its adapter: none is loaded or attached.")
         if push_to_hub:
             repo_id = push_arguments.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **push_arguments)
@@ -243,46 +225,8 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
     def _loose_adapter(self) -> LooseAdapter | None:
         return self._adapter if self._attachment is None else self._attachment.loose_adapter()
 
-    def _load_generation_config(self, path, hub_kwargs: dict[str, Any]) -> None:
-        try:
-            self.generation_config = ConFuGenerationConfig.from_pretrained(path, **hub_kwargs)
-        except OSError:
-            logger.info(f"{path} has no generation_config.json: default tree options.")
-
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are detached: they carry the adapter, not the target."""
         state = self.__dict__.copy()
         state["_adapter"], state["_attachment"] = self._loose_adapter(), None
         return state
-
-
-def _load_adapter(path, hub_kwargs: dict[str, Any], *, required: bool) -> LooseAdapter | None:
-    try:
-        folder = find_adapter(path, **hub_kwargs)
-    except FileNotFoundError:
-        if required:
-            raise
-        return None
-    config, weights = load_adapter_folder(folder)
-    config.inference_mode = True
-    return LooseAdapter(config, weights)
-
-
-def _check_loaded(assistant: ConFuAssistant, info: dict[str, Any], path) -> None:
-    """Raise a `ValueError` if the draft's file lacks weights, has others, or holds NaN."""
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise refusal(
-                f"The ConFu draft in {path}",
-                got=f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))}",
-                expected="exactly the weights that its config asks for",
-                fix="Download it again, or convert the checkpoint if it is not ConFu's.",
-            )
-    for name, parameter in assistant.named_parameters():
-        if not parameter.is_meta and not parameter.isfinite().all():
-            raise refusal(
-                f"`{name}` of the ConFu draft in {path}",
-                got="NaN or infinite weights",
-                expected="finite numbers",
-                fix="Download it again; if it was trained here, go back to an earlier checkpoint.",
-            )

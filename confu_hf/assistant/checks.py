@@ -1,7 +1,7 @@
 """What `generate` is asked, checked before it starts: a refusal says what was got, what was expected, what to do.
 
-Public names of Transformers only; where in `generate` these are called is `assisted.py`'s. Nothing here changes a
-model, so the target is usable after every refusal.
+Public names of Transformers only; where in `generate` these are called is `routing.py`'s, whether files are sound was
+`hub/pair.py`'s. Nothing here changes a model, so the target is usable after every refusal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 
-from ..adapter.files import CHILD_NAME, check_adapter_weights
+from ..adapter.files import CHILD_NAME
 from ..adapter.layer import ConFuLayer
 from ..configuration_confu import ConFuConfig
 from ..errors import refusal
@@ -77,9 +77,14 @@ def check_adapter(config: ConFuConfig, target: PreTrainedModel, adapter_name: st
             expected=f"{config.target_layer_ids}, those of the draft",
             fix="Load draft and adapter from the same repository.",
         )
-    weights = layer.adapter_weights(name)
-    if not any(weight.is_meta for weight in weights.values()):
-        check_adapter_weights(adapter, weights, source=f"adapter {name!r} on the target")
+    if adapter_name is None and name in layer.owned:
+        raise refusal(
+            "An assistant that is not attached to the target",
+            got=f"an active adapter ({name!r}) that another assistant brought",
+            expected="its own, or one that PEFT loaded",
+            fix="Call confu.attach(model) with the assistant that you pass, or set_adapter(name) if PEFT loaded its own.",
+        )
+    layer.check_weights(name)
 
 
 def check_placement(draft: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -117,6 +122,7 @@ def check_strategy(config: GenerationConfig) -> None:
         ("output_attentions", bool(config.output_attentions), False, call_the_model),
         ("output_hidden_states", bool(config.output_hidden_states), False, call_the_model),
         ("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens is not None, None, "Use one way of drafting."),
+        ("dola_layers", getattr(config, "dola_layers", None) is not None, None, "Leave out the assistant for DoLa."),
         ("penalty_alpha", bool(config.penalty_alpha), None, "Leave out the assistant for contrastive search."),
     ]
     for name, is_refused, expected, fix in refused:
@@ -132,8 +138,11 @@ def check_inputs(input_ids: Tensor, cache: Cache | None, model_kwargs: Mapping[s
     if batch_size > 1:
         fix = "Call generate once per prompt, or leave out the assistant."
         raise _refused_call(f"a batch of {batch_size} prompts", "one prompt", fix)
-    if length == 0:
+    if model_kwargs.get("inputs_embeds") is not None:
         raise _refused_call("inputs_embeds", "input_ids", "Pass token ids.")
+    if length == 0:
+        fix = "Pass at least one token, such as the target's bos_token_id."
+        raise _refused_call("an empty prompt (input_ids without a token)", "a token to go on from", fix)
     if isinstance(cache, StaticCache):
         fix = "Pass DynamicCache(config=model.config), or leave out the cache."
         raise _refused_call("a cache of type StaticCache", "a DynamicCache, or none", fix)
@@ -141,12 +150,19 @@ def check_inputs(input_ids: Tensor, cache: Cache | None, model_kwargs: Mapping[s
         fix = "Leave out the assistant under ZeRO-3 and FSDP."
         raise _refused_call("synced_gpus=True", "a target that each process holds whole", fix)
     past_length = 0 if cache is None else cache.get_seq_length()
-    if past_length >= length or (position_ids is not None and position_ids.shape[1] != length):
+    only_new = past_length > 0 and position_ids is not None and position_ids.shape[1] == past_length + length
+    if past_length >= length or only_new:
         raise _refused_call(
             f"{length} input_ids on top of a cache of {past_length} tokens",
             "the whole prompt in input_ids, those in the cache included",
             "Pass the ids of the conversation so far, as for a call without a cache.",
         )
+    for given in (mask, position_ids):
+        if given is not None and given.shape != input_ids.shape:
+            # `generate` counts positions by the mask, and then drops a mask that hides nothing.
+            got = f"an attention_mask (or position_ids) of shape {tuple(given.shape)}"
+            fix = "Pass the one that belongs to these input_ids, or leave it out."
+            raise _refused_call(got, f"{tuple(input_ids.shape)}, as input_ids", fix)
     real = torch.ones_like(input_ids).bool() if mask is None else mask.bool()
     unknown = [name for name, value in model_kwargs.items() if value is not None and name not in LOOP_INPUTS]
     if position_ids is not None and not torch.equal(position_ids[real], (real.cumsum(-1) - 1)[real]):

@@ -1,1 +1,1 @@
-"""The layout of a pair on disk and on the Hub."""
+"""A pair on disk and on the Hub: its one reader and writer."""

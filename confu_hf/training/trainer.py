@@ -6,21 +6,19 @@ Everything else (schedules, mixed precision, accelerate, checkpoints, resuming) 
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..adapter.files import load_adapter_folder, save_adapter_folder
-from ..hub.pair import ADAPTER_FOLDER
+from ..adapter.attachment import LooseAdapter
+from ..hub.pair import read_pair, write_pair
 from .module import ConFuForTraining
 from .optimizer import MuonAdamW
 
@@ -129,22 +127,18 @@ class ConFuTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
         module = self.accelerator.unwrap_model(self.model)
-        module.draft.save_pretrained(output_dir)
-        if module.draft.config.contemplate:
-            layer = module.target.confu
-            config = copy.deepcopy(layer.config)
-            config.inference_mode = True  # as PEFT saves: whoever loads it says whether it trains
-            save_adapter_folder(os.path.join(output_dir, ADAPTER_FOLDER), config, layer.adapter_weights(layer.current))
+        layer = module.target.confu if module.draft.config.contemplate else None
+        write_pair(output_dir, module.draft, None if layer is None else LooseAdapter.of_layer(layer, layer.current))
         if os.path.basename(os.path.normpath(output_dir)).startswith(PREFIX_CHECKPOINT_DIR):
             # Only there, as every Trainer does: the folder to publish holds no pickle.
             torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         module = self.accelerator.unwrap_model(model or self.model)
-        module.draft.load_state_dict(load_file(os.path.join(resume_from_checkpoint, "model.safetensors")))
-        if module.draft.config.contemplate:
-            _, weights = load_adapter_folder(os.path.join(resume_from_checkpoint, ADAPTER_FOLDER))
-            module.target.confu.set_adapter_weights(module.target.confu.current, weights)
+        pair = read_pair(resume_from_checkpoint, config=module.draft.config)
+        if pair.adapter is not None:  # first: it may be another run's, and is refused whole
+            module.target.confu.set_adapter_weights(module.target.confu.current, pair.adapter.weights)
+        module.draft.load_state_dict(pair.weights)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
