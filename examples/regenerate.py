@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=float, nargs="+", default=[0.0, 0.7], help="prompts take these in turn; 0 is greedy"
     )
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=128, help="answers in the making")
     parser.add_argument("--limit", type=int, help="this many of the prompts, evenly spaced")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -176,11 +176,11 @@ def answer_jobs(
 ) -> Iterable[dict]:
     """Yield a row of the output for each job; the bar counts prompts and new tokens, those of open answers too."""
     regenerator = Regenerator(model, args.batch_size, args.max_new_tokens)
-    new_tokens, start = 0, time.perf_counter()
+    start = time.perf_counter()
     for answer in regenerator.answers([job.request for job in jobs]):
         yield output_row(jobs[answer.index], answer, tokenizer)
-        new_tokens += len(answer.tokens) + answer.finished
-        bar.set_postfix_str(f"{new_tokens} tokens, {new_tokens / (time.perf_counter() - start):.0f} tokens/s", False)
+        rate = regenerator.new_tokens / (time.perf_counter() - start)
+        bar.set_postfix_str(f"{regenerator.new_tokens} tokens, {rate:.0f} tokens/s", refresh=False)
         bar.update()
 
 

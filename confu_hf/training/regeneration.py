@@ -194,7 +194,11 @@ class Regenerator:
         model: any target that `check_supported` accepts, in eval mode.
         batch_size: rows computed together.
         max_new_tokens: an answer is cut off here.
-        refill: rows that must be free before prompts are read; several at a time make better matrix products.
+        refill: rows that must be free before prompts are read, by default a sixteenth of them: several at a time make
+            better matrix products.
+
+    Attributes:
+        new_tokens: tokens made so far, end tokens and those of open answers included.
 
     Example:
         for answer in Regenerator(model, 64).answers([Request(tuple(ids), temperature=0.7, seed=1)]):
@@ -202,15 +206,18 @@ class Regenerator:
     """
 
     def __init__(
-        self, model: PreTrainedModel, batch_size: int = 64, max_new_tokens: int = 192, refill: int = 4
+        self, model: PreTrainedModel, batch_size: int = 128, max_new_tokens: int = 192, refill: int | None = None
     ) -> None:
         check_supported(model)
+        if refill is None:
+            refill = max(1, batch_size // 16)
         for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("refill", refill)):
             if value < 1:
                 raise refusal(name, got=value, expected="at least 1", fix="Pass a positive number.")
         self.model, self.batch_size, self.max_new_tokens, self.refill = model, batch_size, max_new_tokens, refill
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
+        self.new_tokens = 0
 
     @torch.inference_mode()
     def answers(self, requests: Sequence[Request]) -> Iterator[Answer]:
@@ -324,6 +331,7 @@ class _Batch:
                 continue
             finished = token in self.settings.ends
             row.length += 1
+            self.settings.new_tokens += 1
             if not finished:
                 row.answer.append(token)
             if finished or len(row.answer) == self.settings.max_new_tokens:
