@@ -68,6 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=float, nargs="+", default=[0.0, 0.7], help="prompts take these in turn; 0 is greedy"
     )
+    parser.add_argument("--top-k", type=int, default=50, help="when sampling, as in generate(); 0 means all tokens")
     parser.add_argument("--batch-size", type=int, default=128, help="answers in the making")
     parser.add_argument("--limit", type=int, help="this many of the prompts, evenly spaced")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -175,7 +176,7 @@ def answer_jobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, jobs: list[Job], args: argparse.Namespace, bar: tqdm
 ) -> Iterable[dict]:
     """Yield a row of the output for each job; the bar counts prompts and new tokens, those of open answers too."""
-    regenerator = Regenerator(model, args.batch_size, args.max_new_tokens)
+    regenerator = Regenerator(model, args.batch_size, args.max_new_tokens, top_k=args.top_k)
     start = time.perf_counter()
     for answer in regenerator.answers([job.request for job in jobs]):
         yield output_row(jobs[answer.index], answer, tokenizer)

@@ -137,6 +137,14 @@ def test_sampling_inverts_the_cumulative_distribution():
     uniforms = torch.tensor([0.0, 0.49, 0.5, 0.76, 0.999], dtype=torch.float64)
     assert sample(logits, torch.ones(5), uniforms).tolist() == [0, 0, 2, 3, 3]  # never token 1
     assert sample(logits, torch.zeros(5), uniforms).tolist() == [0] * 5
+    assert sample(logits, torch.ones(5), uniforms, top_k=1).tolist() == [0] * 5
+
+
+def test_top_k_keeps_the_most_likely_tokens_and_their_proportions():
+    logits = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log().expand(4, -1)
+    uniforms = torch.tensor([0.0, 0.57, 0.58, 0.999], dtype=torch.float64)  # 4 / 7 is 0.571
+    assert sample(logits, torch.ones(4), uniforms, top_k=2).tolist() == [3, 3, 1, 1]
+    assert sample(logits, torch.ones(4), uniforms, top_k=9).tolist() == [0, 2, 2, 3]
 
 
 def test_no_end_token_means_answers_of_full_length():

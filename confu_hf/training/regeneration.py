@@ -133,23 +133,29 @@ class SlotCache(Cache):
         self.rows = len(rows)
 
 
-def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
+def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor, top_k: int = 0) -> Tensor:
     """One token per row, `(B,)`: the most likely one where the temperature is 0, else by inversion of its uniform.
 
     Args:
         logits: `(B, V)`.
         temperatures: `(B,)`.
         uniforms: `(B,)` float64 in [0, 1).
+        top_k: sample among so many of the most likely tokens; 0 means all.
     """
     tokens = logits.argmax(-1)
     rows = temperatures.nonzero()[:, 0]
-    if len(rows):
-        scaled = logits[rows].to(torch.promote_types(logits.dtype, torch.float32))
-        scaled /= temperatures[rows, None].to(scaled.dtype)
-        # float64: a sum over 50,000 tokens in float32 would round the rare ones away.
-        cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
-        drawn = torch.searchsorted(cumulative, uniforms[rows, None] * cumulative[:, -1:], right=True)[:, 0]
-        tokens[rows] = drawn.clamp(max=logits.shape[-1] - 1)
+    if not len(rows):
+        return tokens
+    logits, names = logits[rows], None
+    if 0 < top_k < logits.shape[-1]:
+        logits, names = logits.topk(top_k)  # both (rows, k)
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scaled = scaled / temperatures[rows, None].to(scaled.dtype)
+    # float64: a sum over 50,000 tokens in float32 would round the rare ones away.
+    cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cumulative, uniforms[rows, None] * cumulative[:, -1:], right=True)
+    drawn = drawn.clamp(max=cumulative.shape[-1] - 1)  # (rows, 1)
+    tokens[rows] = (drawn if names is None else names.gather(1, drawn))[:, 0]
     return tokens
 
 
@@ -187,8 +193,8 @@ class _Row:
 class Regenerator:
     """Answers requests with `model`, `batch_size` of them at a time.
 
-    Tokens follow the model's own distribution at the request's temperature; processors of its generation config
-    (top-k, repetition penalty) are not applied. A request's answer depends on the request alone, up to rounding.
+    Tokens follow the model's own distribution at the request's temperature, cut to `top_k`; other processors of its
+    generation config (top-p, repetition penalty) are not applied. A request's answer depends on the request alone, up to rounding.
 
     Args:
         model: any target that `check_supported` accepts, in eval mode.
@@ -196,6 +202,7 @@ class Regenerator:
         max_new_tokens: an answer is cut off here.
         refill: rows that must be free before prompts are read, by default a sixteenth of them: several at a time make
             better matrix products.
+        top_k: a sampled token is one of so many most likely ones; 0 means any.
 
     Attributes:
         new_tokens: tokens made so far, end tokens and those of open answers included.
@@ -206,7 +213,12 @@ class Regenerator:
     """
 
     def __init__(
-        self, model: PreTrainedModel, batch_size: int = 128, max_new_tokens: int = 192, refill: int | None = None
+        self,
+        model: PreTrainedModel,
+        batch_size: int = 128,
+        max_new_tokens: int = 192,
+        refill: int | None = None,
+        top_k: int = 0,
     ) -> None:
         check_supported(model)
         if refill is None:
@@ -217,7 +229,7 @@ class Regenerator:
         self.model, self.batch_size, self.max_new_tokens, self.refill = model, batch_size, max_new_tokens, refill
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
-        self.new_tokens = 0
+        self.top_k, self.new_tokens = top_k, 0
 
     @torch.inference_mode()
     def answers(self, requests: Sequence[Request]) -> Iterator[Answer]:
@@ -315,7 +327,7 @@ class _Batch:
             use_cache=True,
         )
         uniforms = self.uniforms.gather(1, steps[:, None])[:, 0]
-        self.inputs = sample(output.logits[:, -1], self.temperatures, uniforms)
+        self.inputs = sample(output.logits[:, -1], self.temperatures, uniforms, self.settings.top_k)
         return self.inputs
 
     def _mask(self, positions: Tensor, stop: int) -> Tensor | dict[str, Tensor]:
