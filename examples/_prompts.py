@@ -1,4 +1,4 @@
-"""Lists of prompts for the examples: five of their own, JSON lines, or a data set of the Hub. Knows no model."""
+"""Lists of prompts for the examples: five of their own, JSON lines, parquet, or a data set of the Hub. Knows no model."""
 
 from __future__ import annotations
 
@@ -48,13 +48,30 @@ DEMO_PROMPTS = [
 
 
 def read_prompts(sources: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
-    """Read JSON lines (`.jsonl`, `.jsonl.gz`), or data sets of the Hub (`NAME`, `NAME:SPLIT`).
+    """Read JSON lines (`.jsonl`, `.jsonl.gz`), `.parquet` files, or data sets of the Hub (`NAME`, `NAME:SPLIT`).
 
     Each row has one of `prompt`, `messages` (a closing answer is dropped) or `turns`. `limit` takes that many, evenly
     spaced, so that a file sorted by task keeps its mixture.
     """
     prompts = [prompt for source in sources for prompt in _read(source)]
     return evenly(prompts, limit)
+
+
+def read_questions(sources: Sequence[str | Path]) -> list[str]:
+    """All that users say in the rows of `sources`, later turns included: what a benchmark asks."""
+    questions = []
+    for source in sources:
+        for number, row in enumerate(_rows(source), start=1):
+            if isinstance(row.get("turns"), list):
+                questions += [turn for turn in row["turns"] if isinstance(turn, str)]
+            else:
+                questions += user_texts(_messages(row, f"{source}, row {number}"))
+    return questions
+
+
+def user_texts(messages: Sequence[dict[str, str]]) -> list[str]:
+    """What the user says in a conversation."""
+    return [message["content"] for message in messages if message["role"] == "user"]
 
 
 def evenly(items: list, limit: int | None) -> list:
@@ -71,9 +88,8 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 
 def _read(source: str | Path) -> Iterator[Prompt]:
     path = Path(source)
-    rows = _read_lines(path) if path.suffix in {".jsonl", ".json", ".gz"} else _read_dataset(str(source))
-    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    for number, row in enumerate(rows, start=1):
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet")
+    for number, row in enumerate(_rows(source), start=1):
         messages = _messages(row, f"{source}, row {number}")
         key = row.get("id", row.get("question_id", number))
         yield Prompt(
@@ -83,6 +99,11 @@ def _read(source: str | Path) -> Iterator[Prompt]:
             source=str(row.get("source") or name),
             licence=str(row.get("licence") or row.get("license") or ""),
         )
+
+
+def _rows(source: str | Path) -> Iterator[dict[str, Any]]:
+    path = Path(source)
+    return _read_lines(path) if path.suffix in {".jsonl", ".json", ".gz"} else _read_dataset(str(source))
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -106,8 +127,11 @@ def _read_dataset(name: str) -> Iterator[dict[str, Any]]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"{name!r} is no .jsonl or .jsonl.gz file; to read it as a data set of the Hub: pip install -e '.[train]'"
+            f"{name!r} is no .jsonl or .jsonl.gz file; to read it as a data set: pip install -e '.[train]'"
         ) from error
+    if name.endswith(".parquet"):
+        yield from load_dataset("parquet", data_files=name, split="train")
+        return
     path, _, split = name.partition(":")
     yield from load_dataset(path, split=split or "train")
 

