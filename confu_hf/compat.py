@@ -1,4 +1,4 @@
-"""Names of Transformers and PEFT that are private or that differ between versions; no other file uses one.
+"""Names of Transformers, PEFT and torch that are private or differ between versions; no other file uses one.
 
 What is there is found by looking (signatures, fields), not by comparing version strings. A shim says when it goes.
 `RELIED_ON` lists the methods that the package overrides or calls by a private name; `tests/test_compat.py` looks for
@@ -168,6 +168,18 @@ def forget_output_capturing(model: nn.Module) -> None:
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside what `torch.compile` returns."""
     return getattr(model, "_orig_mod", model)
+
+
+def has_bfloat16_kernels() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this CPU, be it by way of float32."""
+    # Asked in this order: a torch without oneDNN has no such operator.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, as fast as those of float32 or faster."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return has_bfloat16_kernels() and any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 class GenerateSteps:

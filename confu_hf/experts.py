@@ -1,9 +1,8 @@
-"""The two small learned pieces that ConFu adds on top of EAGLE-3: expert mixtures, on the target's side and on the
-draft's.
+"""The small learned piece that ConFu adds to EAGLE-3 on both sides, the target's and the draft's: expert mixtures.
 
 Nothing of Hugging Face's models in here: plain tensors in, plain tensors out. Where the weights live is up to others:
-`adapter.py` keeps those of the
-contemplate token as a PEFT adapter on the target, `modeling_confu.py` keeps those of the future token in the draft.
+`adapter/` keeps those of the contemplate token as a PEFT adapter on the target, `modeling_confu.py` keeps those of the
+future token in the draft.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ from torch.nn import functional as F
 def mix_experts(
     states: torch.Tensor, router_weight: torch.Tensor, expert_weight: torch.Tensor, top_k: int
 ) -> torch.Tensor:
-    """The mixture of ConFu: sum over the top-K experts of `softmax(W_r z)_e * E_e`, `z` being `states` scaled to RMS
-    1.
+    """The mixture of ConFu: sum over the top-K experts of `softmax(W_r z)_e * E_e`, `z` = `states` scaled to RMS 1.
 
-    The experts are learned embeddings, not networks: the router picks which "instruction" the contemplate token (or
-        the future token) carries here.
-    Hidden states of language models have a few coordinates hundreds of times larger than the rest; without the scaling
-    they would saturate the router.
+    The experts are learned embeddings, not networks: the router picks which "instruction" the contemplate token (or the
+    future token) carries here. Hidden states of language models have a few coordinates hundreds of times larger than the
+    rest; without the scaling they would saturate the router.
 
     Args:
         states: `(..., d_in)`.

@@ -1,18 +1,18 @@
 """The draft network: an EAGLE-3 decoder layer that can also read a future token.
 
-    features F_i (3 d) --fc--> h_i (d) -+
-                                        +-> [norm(emb(x_{i+1})) ; norm(h_i)] -> one decoder layer -> h'_i -> norm ->
-                                        lm_head -> x_{i+2}
-    embedding of x_{i+1} (the target's)-+                                          |
-                                                                  fed back in place of h for the next drafted row
+    features F_i (3 d) -- fc --> h_i (d) -------+
+                                                +--> [norm(emb) ; norm(h)] --> decoder layer --> h'_i
+    embedding of x_{i+1} (the target's) --------+                                                 |
+                                                                                   norm --> lm_head --> x_{i+2}
+    h'_i is fed back in place of h for the next drafted row, as it is or (feedback_after_norm) after the norm.
 
-Row `i` holds position `i`: it knows `x_{i+1}` and the features at `i`, and predicts `x_{i+2}`. Example: prompt `a b
-c`, the target has just emitted
-`d`. The features of `c` (i = 2) and the token `d` (x_3) form row 2, which drafts x_4.
+Row `i` holds position `i`: it knows `x_{i+1}` and the features at `i`, and predicts `x_{i+2}`. Example: prompt `a b c`,
+the target has just emitted `d`. The features of `c` (i = 2) and the token `d` (x_3) form row 2, which drafts x_4.
 
 The module knows nothing of trees, of `generate` or of training: callers give it token embeddings, hidden states,
-positions, a mask and a cache. Its
-weights are named as in EAGLE-3 checkpoints (`fc`, `midlayer`, `norm`, `lm_head`, `d2t`, `t2d`); `future_*` is ConFu's.
+positions, a mask and a cache. Which variant of EAGLE-3 it is (`ConFuConfig`) shows in none of its methods: callers feed
+back what `forward` returns. Its weights are named as in EAGLE-3 checkpoints (`fc`, `midlayer`, `norm`, `lm_head`, `d2t`,
+`t2d`; with the variants `fc_norm.{0,1,2}`, `self_attn.{q,k}_norm`, `embed_tokens`); `future_*` is ConFu's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_confu import ConFuConfig
 from .experts import ExpertMixture
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, Llama's half-split layout. `states` `(B, heads, W, head_dim)`, `cos`/`sin` `(B, 1, W,
-    head_dim)`."""
+    """Rotary embedding, Llama's half-split layout.
+
+    `states` `(B, heads, W, head_dim)`, `cos` and `sin` `(B, 1, W, head_dim)`.
+    """
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -56,16 +59,22 @@ class DraftAttention(nn.Module):
         self.k_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+        if config.qk_norm:
+            self.q_norm = DraftRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = DraftRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
 
     def query(self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`(B, W, 2 d)` -> `(B, heads, W, head_dim)`."""
-        return rotate(self._split(self.q_proj(inputs)), cos, sin)
+        query = self._split(self.q_proj(inputs))
+        return rotate(self.q_norm(query) if self.qk_norm else query, cos, sin)
 
     def key_value(
         self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, W, 2 d)` -> keys and values, each `(B, kv_heads, W, head_dim)`."""
-        return rotate(self._split(self.k_proj(inputs)), cos, sin), self._split(self.v_proj(inputs))
+        key = self._split(self.k_proj(inputs))
+        return rotate(self.k_norm(key) if self.qk_norm else key, cos, sin), self._split(self.v_proj(inputs))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -106,10 +115,15 @@ class DraftLayer(nn.Module):
         self.self_attn = DraftAttention(config)
         self.post_attention_layernorm = DraftRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = DraftMLP(config)
+        self.norm_before_residual = config.norm_before_residual
 
     def attention_inputs(self, token_embeds: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[norm(emb) ; norm(h)]`, `(B, W, 2 d)`."""
         return torch.cat((self.input_layernorm(token_embeds), self.hidden_norm(hidden_states)), dim=-1)
+
+    def residual(self, inputs: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, W, d)` where the residual stream starts: `hidden_states`, or their normed half of `attention_inputs`."""
+        return inputs[..., -hidden_states.shape[-1] :] if self.norm_before_residual else hidden_states
 
     def finish(self, residual: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         """Everything after attention: both residual connections and the MLP."""
@@ -122,8 +136,10 @@ class ClosedLinear(nn.Linear):
 
 
 class ConFuDraftModel(PreTrainedModel):
-    """The draft of ConFu, and, with `config.contemplate=False`, of EAGLE-3. [`ConFuAssistant`] is this plus what
-    `generate` needs."""
+    """The draft of ConFu, and, with `config.contemplate=False`, of EAGLE-3.
+
+    [`ConFuAssistant`] is this plus what `generate` needs.
+    """
 
     config_class = ConFuConfig
     base_model_prefix = "confu_draft"
@@ -133,21 +149,27 @@ class ConFuDraftModel(PreTrainedModel):
 
     def __init__(self, config: ConFuConfig):
         super().__init__(config)
-        width = config.hidden_size
-        self.fc = nn.Linear(3 * config.target_hidden_size, width, bias=False)
+        width, features = config.hidden_size, config.num_features * config.target_hidden_size
+        if config.own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        if config.fc_norm:
+            norms = (DraftRMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in config.target_layer_ids)
+            self.fc_norm = nn.ModuleList(norms)
+        self.fc = nn.Linear(features, width, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = DraftRMSNorm(width, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
         if config.contemplate:
-            self.future_fc = nn.Linear(3 * config.target_hidden_size, width, bias=False)
+            self.future_fc = nn.Linear(features, width, bias=False)
             self.future_mixture = ExpertMixture(
                 width, width, config.num_future_experts, config.num_future_experts_per_token
             )
             self.future_skip = ClosedLinear(width, width, bias=False)
         # Caches outlive calls: by this a draft knows its own again, and so does its copy.
         self.instance_key = uuid.uuid4().hex
+        self._frequencies: dict[torch.device, tuple[torch.Tensor, float]] = {}
         self.post_init()
 
     @torch.no_grad()
@@ -167,8 +189,7 @@ class ConFuDraftModel(PreTrainedModel):
 
         Args:
             token_ids: `(draft_vocab_size,)` long, distinct target ids. They are sorted: draft id `i` stands for the
-                `i`-th smallest, stored as EAGLE does,
-                `d2t[i] = token_ids[i] - i`.
+                `i`-th smallest, stored as EAGLE does, `d2t[i] = token_ids[i] - i`.
         """
         token_ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.d2t.device).unique()
         if token_ids.numel() != self.config.draft_vocab_size:
@@ -189,17 +210,45 @@ class ConFuDraftModel(PreTrainedModel):
         """`(draft_vocab_size,)` long: the target id of each draft id."""
         return self.d2t + torch.arange(self.d2t.numel(), device=self.d2t.device)
 
+    def input_embeddings(self, target_embeddings: nn.Module) -> nn.Module:
+        """Which embeddings the rows read: the draft's own where it has any, else `target_embeddings`.
+
+        Both map token ids of the target `(...)` to `(..., d)`; the target's may be on another device, in another dtype.
+        """
+        return self.embed_tokens if self.config.own_embeddings else target_embeddings
+
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """Target features `(..., 3 d)` -> hidden states `h` `(..., d)` of verified rows."""
-        return self.fc(features)
+        return self.fc(self._normed(features))
+
+    def fuse_future(self, futures: torch.Tensor) -> torch.Tensor:
+        """Features of contemplate tokens `(..., 3 d)` -> `W_f f` `(..., d)`; normed as all features are."""
+        return self.future_fc(self._normed(futures))
+
+    def _normed(self, features: torch.Tensor) -> torch.Tensor:
+        if not self.config.fc_norm:
+            return features
+        parts = features.split(self.config.target_hidden_size, dim=-1)
+        return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
 
     def rotary(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, W)` positions -> `cos`, `sin`, each `(B, 1, W, head_dim)`."""
-        half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64, device=position_ids.device)
-        frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
+        frequencies, scale = self._rope(position_ids.device)
         angles = position_ids[:, None, :, None].to(torch.float64) * frequencies  # (B, 1, W, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return (scale * angles.cos()).to(dtype), (scale * angles.sin()).to(dtype)
+
+    def _rope(self, device: torch.device) -> tuple[torch.Tensor, float]:
+        """`(head_dim / 2,)` rotary frequencies, and what cosine and sine are multiplied by."""
+        if device not in self._frequencies:
+            kind, width = self.config.rope_parameters["rope_type"], self.config.head_dim
+            if kind == "default":
+                half = torch.arange(0, width, 2, dtype=torch.float64, device=device)
+                self._frequencies[device] = self.config.rope_theta ** (-half / width), 1.0
+            else:
+                frequencies, scale = ROPE_INIT_FUNCTIONS[kind](self.config, device)
+                self._frequencies[device] = frequencies.to(torch.float64), scale
+        return self._frequencies[device]
 
     def write_rows(
         self,
@@ -211,8 +260,9 @@ class ConFuDraftModel(PreTrainedModel):
         """Put the keys and values of verified rows into the cache; with one layer their outputs are never needed.
 
         Args:
-            token_embeds: `(B, W, d)` embeddings of `x_{i+1}`. hidden_states: `(B, W, d)` `h_i`. position_ids: `(B,
-                W)`, row `i` at position `i`.
+            token_embeds: `(B, W, d)` embeddings of `x_{i+1}`.
+            hidden_states: `(B, W, d)` `h_i`.
+            position_ids: `(B, W)`, row `i` at position `i`.
         """
         inputs = self.midlayer.attention_inputs(token_embeds, hidden_states)
         cache.update(*self.midlayer.self_attn.key_value(inputs, *self.rotary(position_ids, inputs.dtype)), 0)
@@ -221,14 +271,14 @@ class ConFuDraftModel(PreTrainedModel):
         """What the future token is made of.
 
         Args:
-            hidden_states: `(..., d)` `h_v` of the last verified row. futures: `(..., 3 d)` the contemplate token's
-                features `f_v`.
+            hidden_states: `(..., d)` `h_v` of the last verified row.
+            futures: `(..., 3 d)` the contemplate token's features `f_v`.
 
         Returns:
             `MoE_f(h_v)` and `W_f f_v`, each `(..., d)`: they take the places of the token embedding and of the hidden
             state.
         """
-        return self.future_mixture(hidden_states), self.future_fc(futures)
+        return self.future_mixture(hidden_states), self.fuse_future(futures)
 
     def forward(
         self,
@@ -242,8 +292,8 @@ class ConFuDraftModel(PreTrainedModel):
         """One draft step over `W` rows.
 
         Args:
-            token_embeds: `(B, W, d)` the target's embeddings of `x_{i+1}`.
-            hidden_states: `(B, W, d)` `h_i` of verified rows, or the draft's previous output.
+            token_embeds: `(B, W, d)` embeddings of `x_{i+1}`, from [`input_embeddings`].
+            hidden_states: `(B, W, d)` `h_i` of verified rows, or what the step before returned.
             position_ids: `(B, W)` long.
             attention_mask: `(B, 1, W, keys)` boolean (True = may attend) or additive; None = attend to everything
                 given.
@@ -251,8 +301,8 @@ class ConFuDraftModel(PreTrainedModel):
             skip: `(B, W, d)` added to the residual stream: `future_skip(W_f f)` of the row that starts a round.
 
         Returns:
-            `(B, W, d)` hidden states before the final norm: fed back as `hidden_states` of the next step, and input of
-            [`logits`].
+            `(B, W, d)`: fed back as `hidden_states` of the next step, and input of [`logits`]. Before the final norm, or
+            behind it with `config.feedback_after_norm`.
         """
         inputs = self.midlayer.attention_inputs(token_embeds, hidden_states)
         rotary = self.rotary(position_ids, inputs.dtype)
@@ -261,9 +311,19 @@ class ConFuDraftModel(PreTrainedModel):
         key, value = attention.key_value(inputs, *rotary)
         if cache is not None:
             key, value = cache.update(key, value, 0)
-        residual = hidden_states if skip is None else hidden_states + skip
-        return self.midlayer.finish(residual, attention.attend(query, key, value, attention_mask))
+        residual = self.midlayer.residual(inputs, hidden_states)
+        if skip is not None:
+            residual = residual + skip
+        return self.fed_back(self.midlayer.finish(residual, attention.attend(query, key, value, attention_mask)))
+
+    def fed_back(self, states: torch.Tensor) -> torch.Tensor:
+        """The layer's output `(..., d)` as the next step reads it."""
+        return self.norm(states) if self.config.feedback_after_norm else states
+
+    def head_inputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What [`forward`] returned, `(..., d)`, as the LM head reads it: normed, once."""
+        return hidden_states if self.config.feedback_after_norm else self.norm(hidden_states)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., d)` -> `(..., draft_vocab_size)` over draft ids; map with [`draft_token_ids`]."""
-        return self.lm_head(self.norm(hidden_states))
+        return self.lm_head(self.head_inputs(hidden_states))

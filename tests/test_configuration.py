@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from tiny_models import ARCHITECTURES, tiny_gemma3, tiny_llama
+from transformers import MambaConfig
 
 from confu_hf import ConFuConfig
+from confu_hf.configuration_confu import TargetGeometry
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -49,19 +51,28 @@ def test_config_with_another_kind_of_draft_keeps_the_rest():
     ("fields", "text"),
     [
         (
-            {"target_layer_ids": [2, 4]},
-            r"got target_layer_ids=\[2, 4\].*expected three increasing indices in \[0, 31\]",
+            {"target_layer_ids": []},
+            r"got target_layer_ids=\[\].*expected increasing indices in \[0, 31\], one at least",
         ),
-        ({"target_layer_ids": [2, 2, 4]}, "three increasing"),
-        ({"target_layer_ids": [2, 4, 32]}, "three increasing"),
-        ({"target_layer_ids": [-1, 4, 5]}, "three increasing"),
-        ({"target_num_hidden_layers": 6}, "fewer than 7 layers needs them given"),
-        ({"hidden_size": 64}, "got hidden_size=64, expected target_hidden_size=4096"),
+        ({"target_layer_ids": [2, 2, 4]}, "expected increasing"),
+        ({"target_layer_ids": [2, 4, 32]}, "expected increasing"),
+        ({"target_layer_ids": [-1, 4, 5]}, "expected increasing"),
+        (
+            {"hidden_size": 64, "own_embeddings": False},
+            "got hidden_size=64 and own_embeddings=False, expected target_hidden_size=4096.*Set own_embeddings=True",
+        ),
         ({"num_key_value_heads": 5}, "got num_key_value_heads=5, expected a divisor of num_attention_heads=32"),
         ({"head_dim": 7}, "got head_dim=7, expected an even number"),
         ({"draft_vocab_size": 0}, r"got draft_vocab_size=0, expected a number in \[1, vocab_size=32000\]"),
         ({"draft_vocab_size": 32001}, "got draft_vocab_size=32001"),
         ({"num_future_experts_per_token": 9}, "got num_future_experts_per_token=9, expected a number in"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "expected a rope_type out of default, linear, llama3",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "expected all that rope_type='llama3' needs.*factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "over whole heads"),
+        ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "got rope_theta=5.0 and .*expected one base"),
     ],
 )
 def test_what_cannot_be_is_refused(fields, text):
@@ -69,5 +80,48 @@ def test_what_cannot_be_is_refused(fields, text):
         ConFuConfig(**fields)
 
 
-def test_seven_layers_are_enough_for_the_default_features():
-    assert ConFuConfig(target_num_hidden_layers=7).target_layer_ids == [2, 3, 4]
+@pytest.mark.parametrize("layers", range(1, 40))
+def test_default_features_of_any_depth(layers):
+    ids = ConFuConfig(target_num_hidden_layers=layers).target_layer_ids
+    assert len(ids) == min(layers, 3) and ids == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < layers
+    if layers >= 7:
+        assert ids == [2, layers // 2, layers - 3]
+
+
+def test_a_width_of_its_own_means_embeddings_of_its_own():
+    assert not ConFuConfig().own_embeddings and ConFuConfig(own_embeddings=True).own_embeddings
+    narrow = ConFuConfig.from_target_config(tiny_llama().config, hidden_size=16)
+    assert narrow.own_embeddings and narrow.target_hidden_size == 32 and narrow.head_dim == 8
+
+
+def test_rotary_parameters_in_all_their_spellings(tmp_path):
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    spellings = [
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **llama3}},
+        {"rope_parameters": {"rope_type": "llama3", **llama3}, "rope_theta": 5e5},
+        {"rope_scaling": {"type": "llama3", **llama3}, "rope_theta": 5e5},
+    ]
+    configs = [ConFuConfig.from_target_config(tiny_llama().config, **fields) for fields in spellings]
+    configs[0].save_pretrained(tmp_path)
+    for config in (*configs, ConFuConfig.from_pretrained(tmp_path)):
+        assert config.rope_parameters == {"rope_type": "llama3", "rope_theta": 5e5, **llama3}
+        assert config.rope_theta == 5e5
+
+
+def test_a_config_from_before_the_variants_is_what_it_was():
+    fields = {"hidden_size": 576, "target_hidden_size": 576, "rope_theta": 1e5, "head_dim": 64}
+    config = ConFuConfig(**fields, num_attention_heads=9, num_key_value_heads=3)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e5} and config.num_features == 3
+    new = (
+        config.own_embeddings,
+        config.fc_norm,
+        config.feedback_after_norm,
+        config.norm_before_residual,
+        config.qk_norm,
+    )
+    assert not any(new)
+
+
+def test_what_has_no_attention_is_refused():
+    with pytest.raises(ValueError, match="got a mamba config without num_attention_heads.*Use another target"):
+        TargetGeometry.of(MambaConfig())

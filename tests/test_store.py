@@ -61,7 +61,7 @@ def test_sequences_come_back_in_other_batches_and_from_disk(tmp_path):
     run(module, rows[:2])
     run(module, rows[2:])
     online = ConFuForTraining(module.target, module.draft).eval()
-    module.feature_store = open_store(tmp_path)  # as after a restart
+    module.teacher.store = open_store(tmp_path)  # as after a restart
     module.target.forward = None
     stored = run(module, [rows[2], rows[0]])
     del module.target.forward
@@ -88,14 +88,14 @@ def test_contemplation_runs_the_target_where_no_keys_and_values_are_stored(tmp_p
     run(module, rows)
     confu = ConFuForTraining(module.target, tiny_pair(module.target).float()).eval()
     expected = run(confu, rows)["loss"]
-    confu.feature_store = open_store(tmp_path)
+    confu.teacher.store = open_store(tmp_path)
     assert torch.equal(run(confu, rows)["loss"], expected)
-    confu.feature_store = open_store(tmp_path, cache_shape=attention_geometry(module.target.config))
+    confu.teacher.store = open_store(tmp_path, cache_shape=attention_geometry(module.target.config))
     index = torch.arange(3)
-    assert confu.feature_store.holds(index) and not confu.feature_store.holds(index, cache=True)
+    assert confu.teacher.store.holds(index) and not confu.teacher.store.holds(index, cache=True)
     assert torch.equal(run(confu, rows)["loss"], expected)
-    assert confu.feature_store.holds(index, cache=True)
-    keys = confu.feature_store.read_cache(index, 20).layers[3].keys
+    assert confu.teacher.store.holds(index, cache=True)
+    keys = confu.teacher.store.read_cache(index, 20).layers[3].keys
     expected_keys = module.target(torch.tensor(rows[1]["input_ids"])[None])[OUTPUT_CACHE].layers[3].keys
     torch.testing.assert_close(keys[1, :, :12], expected_keys[0], rtol=0.05, atol=0.05)
     assert not keys[1, :, 12:].any()

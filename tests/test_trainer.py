@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -134,6 +135,27 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path):
         orders.append(list(sampler))
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == list(range(len(SEQUENCES))) == sorted(orders[1]) and len(sampler) == len(SEQUENCES)
+
+
+def test_batches_are_of_one_answer_length(tmp_path):
+    trainer = make_trainer(tmp_path, False, per_device_train_batch_size=2)
+    # Long prompts with short answers, short prompts with long ones; by total length they would be mixed.
+    trainer.train_dataset = conversations(*[(20, 24), (3, 25), (21, 26), (4, 27)] * 4)
+    answers = [length - prompt for prompt, length in [(20, 24), (3, 25), (21, 26), (4, 27)] * 4]
+    sampler = trainer._get_train_sampler()
+    assert sampler.sampler.lengths == answers and sampler.sampler.batch_size == 2
+    batches = [[answers[row] for row in pair] for pair in zip(*[iter(sampler)] * 2, strict=True)]
+    # All but the one that the longest answer was swapped into, to come first, and the one that it came from.
+    assert sum(abs(first - second) < 3 for first, second in batches) >= 6
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_on_a_processor_without_it_warns(tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("confu_hf.training.trainer.multiplies_bfloat16", lambda: fast)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, False, bf16=True)
+    assert any("leave --bf16 out" in str(warning.message) for warning in caught) == (not fast)
 
 
 def test_resuming_with_the_trainers_own_sampler(tmp_path):

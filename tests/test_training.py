@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny_llama
@@ -9,9 +11,13 @@ from tiny_pairs import conversations, tiny_pair
 from torch.nn import functional as F
 
 from confu_hf.training import module as training
+from confu_hf.training import unroll
 from confu_hf.training.data import IGNORED, ConversationCollator
+from confu_hf.training.losses import LossTerms
 from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
 from confu_hf.training.rows import DraftRows, row_attention
+from confu_hf.training.teacher import Teacher
+from confu_hf.training.unroll import DraftUnroll
 
 A_TO_F = [[IGNORED, IGNORED, 12, 13, 14, 15]]  # prompt `a b`, answer `c d e f`
 
@@ -23,7 +29,7 @@ def batch_of(*lengths: tuple[int, int]) -> dict[str, torch.Tensor]:
 def choose_anchors(monkeypatch, *rows: int) -> None:
     """Let the random choice of anchors fall on these rows."""
 
-    def chosen(*shape, device=None):
+    def chosen(shape, device=None):
         return torch.zeros(shape).index_fill_(-1, torch.tensor(rows), 1.0)
 
     monkeypatch.setattr(torch, "rand", chosen)
@@ -33,12 +39,34 @@ def spy(module, monkeypatch, method: str):
     """Arguments and result of the last call of a method of `module`."""
     seen, original = {}, getattr(module, method)
 
-    def record(*args):
-        seen["args"], seen["result"] = args, original(*args)
+    def record(*args, **kwargs):
+        seen["args"], seen["result"] = args, original(*args, **kwargs)
         return seen["result"]
 
     monkeypatch.setattr(module, method, record)
     return seen
+
+
+def steps_of(monkeypatch) -> list[dict]:
+    """Of every test-time step: its outputs, which rows they are, and the unrolled drafts' own records."""
+    seen, step = [], DraftUnroll.step
+
+    def record(self):
+        outputs = step(self)
+        seen.append({"outputs": outputs.detach(), "index": self.index})
+        return outputs
+
+    monkeypatch.setattr(DraftUnroll, "step", record)
+    return seen
+
+
+def learn(module, batch, steps: int = 12) -> None:
+    """Let the draft guess some of the batch right."""
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module.train()(**batch)["loss"].backward()
+        optimizer.step()
 
 
 def test_rows_worked_example_of_the_docstring():
@@ -80,13 +108,13 @@ def render(step: int, row: int, groups: list[torch.Tensor]) -> str:
 
 
 def test_the_drawing_in_the_docstring_is_the_mask(monkeypatch):
-    calls, attend = [], training.row_attention
+    calls, attend = [], unroll.row_attention
 
     def record(query, keys, values, mask, own):
         calls.append((mask[0], [present[0] for _, _, present in own]))
         return attend(query, keys, values, mask, own)
 
-    monkeypatch.setattr(training, "row_attention", record)
+    monkeypatch.setattr(unroll, "row_attention", record)
     choose_anchors(monkeypatch, 0)  # row t = 1
     target = tiny_llama()
     module = ConFuForTraining(
@@ -100,31 +128,112 @@ def test_the_drawing_in_the_docstring_is_the_mask(monkeypatch):
         for row in range(3):
             only_mine = torch.arange(3) == row
             drawn.append(render(step, row + 1, [mask[row], *(only_mine & seen[row] for seen in (*own, future))]))
-    assert drawn == [line for line in training.__doc__.splitlines() if " row " in line and " # " in line]
+    assert drawn == [line for line in unroll.__doc__.splitlines() if " row " in line and " # " in line]
 
 
-def test_thinned_rows_are_the_same_rows(monkeypatch):
-    """Rows left out beyond step 0 change no other row, and are trained at step 0 alone."""
+@pytest.mark.parametrize("deep_rows", ["random", "survivors"])
+def test_rows_that_go_on_are_the_same_rows(monkeypatch, deep_rows):
+    """Rows left out beyond step 0 change no other row."""
     target = tiny_llama()
-    objective = ConFuTrainingObjective(ttt_steps=3, num_anchors=100, replication=1, max_lag=1)
-    module = ConFuForTraining(target, tiny_pair(target), objective).train()
-    whole = spy(module, monkeypatch, "_unroll")
-    batch = batch_of((3, 14), (3, 9))  # ten rows and five
+    fields = {"ttt_steps": 3, "num_anchors": 100, "replication": 1, "max_lag": 1}
+    module = ConFuForTraining(target, tiny_pair(target), ConFuTrainingObjective(**fields, deep_rows="all")).train()
+    batch = batch_of((3, 24), (3, 14))  # twenty rows and ten
+    learn(module, batch)
+    whole, module_of = steps_of(monkeypatch), spy(module, monkeypatch, "_steps")
     module(**batch)
-    expected, rows = whole["result"], whole["args"][2]
-    objective.deep_row_fraction = 0.4
+    expected = [step["outputs"] for step in whole]
+    _, correct, valid = module_of["result"]
+    assert torch.equal(valid, DraftRows.of(batch["labels"], 3).valid)
+    whole.clear()
+    module.objective = ConFuTrainingObjective(
+        **fields, deep_rows=deep_rows, deep_row_fraction=0.4 if deep_rows == "random" else 1.0
+    )
     torch.manual_seed(0)
-    thin = spy(module, monkeypatch, "_loss")
     module(**batch)
-    outputs, thinned = thin["args"][:2]
-    assert torch.equal(thinned.valid[0], rows.valid[0])
-    deep = whole["args"][-1]  # `whole` saw this call too
-    assert deep.shape == (2, 4) and deep[0].tolist() not in ([0, 1, 2, 3], [6, 7, 8, 9])
-    expected_valid = rows.valid[1:] & torch.zeros_like(rows.valid[0]).scatter(1, deep, True)
-    assert torch.equal(thinned.valid[1:], expected_valid) and expected_valid.any()
-    torch.testing.assert_close(outputs[thinned.valid], expected[thinned.valid], rtol=1e-10, atol=1e-10)
+    _, _, attempted = module_of["result"]
+    assert torch.equal(attempted[0], valid[0])
+    if deep_rows == "survivors":
+        assert torch.equal(attempted[1:], (correct.cumprod(0).bool()[:-1] & valid[1:]))
+    else:
+        assert torch.equal(attempted[1].sum(-1), torch.tensor([8, 8]).minimum(valid[1].sum(-1)))
+        assert torch.equal(attempted[2], attempted[1] & valid[2])
+    assert attempted[1].any() and (attempted[1] < valid[1]).any()
+    for step, seen in enumerate(whole):
+        got = torch.zeros_like(expected[0]).scatter(
+            1, seen["index"][..., None].expand_as(seen["outputs"]), seen["outputs"]
+        )
+        torch.testing.assert_close(got[attempted[step]], expected[step][attempted[step]], rtol=1e-10, atol=1e-10)
     module.eval()(**batch)
-    assert torch.equal(thin["args"][1].valid, rows.valid)
+    assert torch.equal(module_of["result"][2], valid)
+
+
+def test_survivors_loss_is_the_mean_over_them(monkeypatch):
+    """Each step's mean runs over the rows that were right so far; chains are counted as with all rows."""
+    target = tiny_llama()
+    draft = tiny_pair(target, contemplate=False)
+    module = ConFuForTraining(target, draft, ConFuTrainingObjective(ttt_steps=3, deep_rows="survivors"))
+    batch = batch_of((3, 24), (3, 14))
+    learn(module, batch)
+    seen = spy(module, monkeypatch, "_steps")
+    outputs, steps = module(**batch), steps_of(monkeypatch)
+    _, correct, attempted = seen["result"]
+    module.objective.deep_rows = "all"
+    every = module(**batch)
+    view = spy(module.teacher, monkeypatch, "view")
+    module(**batch)
+    view, rows = view["result"], DraftRows.of(batch["labels"], 3)
+    expected = 0.0
+    for step in range(3):
+        log_q = draft.lm_head(steps[step]["outputs"]).log_softmax(-1)
+        index, choices = view.locate(rows.starts + 1 + step)
+        log_p = view.log_probs.flatten(0, 1)[index]
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1) * (choices >= 0)
+        expected += 0.8**step * divergence[attempted[step]].sum() / attempted[step].sum()
+    torch.testing.assert_close(outputs["loss"].detach(), expected.detach(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(outputs["accepted"], every["accepted"])
+    assert torch.equal(outputs["denominators"], every["denominators"])
+    assert outputs["correct"][:, 1:].sum() < every["correct"][:, 1:].sum() and correct.any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"deep_rows": "some"}, "deep_rows: got 'some', expected one of all, random, survivors"),
+        ({"deep_rows": "survivors", "deep_row_fraction": 0.5}, "got 0.5 with deep_rows='survivors', expected"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused(fields, text):
+    with pytest.raises(ValueError, match=text):
+        ConFuTrainingObjective(**fields)
+
+
+@pytest.mark.parametrize("contemplate", [True, False])
+def test_parts_of_a_batch_add_up_to_it(contemplate):
+    """Numerators and counts of two unequal parts sum to those of the whole, and so do the gradients."""
+    target = tiny_llama()
+    draft = tiny_pair(target, contemplate=contemplate)
+    objective = ConFuTrainingObjective(
+        ttt_steps=3, deep_rows="all", num_anchors=100, replication=1, max_lag=1, future_weight=0.3
+    )
+    module = ConFuForTraining(target, draft, objective).train()
+    lengths = [(4, 12), (7, 10), (2, 16)]
+    rows = conversations(*lengths)
+    whole = module(**ConversationCollator(0)(rows))
+    whole["loss"].backward()
+    expected = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    batches = [ConversationCollator(0)(part) for part in (rows[:2], rows[2:])]
+    counts = sum(module.denominators(batch["labels"]) for batch in batches)
+    assert torch.equal(counts, whole["denominators"]) and (counts[-1] > 0 or not contemplate)
+    total = 0.0
+    for batch in batches:
+        outputs = module(**batch)
+        loss = LossTerms(outputs["numerators"], outputs["denominators"]).mean(counts)
+        loss.backward()
+        total += loss.detach()
+    torch.testing.assert_close(total, whole["loss"].detach(), rtol=1e-12, atol=1e-12)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(module.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_the_loss_of_the_futures_is_a_prediction_of_the_contemplate_tokens(monkeypatch):
@@ -138,12 +247,12 @@ def test_the_loss_of_the_futures_is_a_prediction_of_the_contemplate_tokens(monke
     seen = spy(module, monkeypatch, "_row_futures")
     loss = module(**batch)["loss"]
     futures, ids = seen["result"], module.draft.draft_token_ids
-    assert futures.anchors.tolist() == [[2, 6, 10]]
-    logits = target(batch["input_ids"]).logits[0, futures.anchors[0] + 1]
+    assert futures.anchors.positions.tolist() == [[2, 6, 10]]
+    logits = target(batch["input_ids"]).logits[0, futures.anchors.positions[0] + 1]
     inside = module.draft.t2d[logits.argmax(-1)]
     log_p = logits[:, ids].float().log_softmax(-1)
     log_q = (futures.last[0] @ target.lm_head.weight[ids].T).log_softmax(-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[inside].mean()
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[inside].sum() / 3
     torch.testing.assert_close(loss - plain, 0.5 * divergence.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
     # It reaches the adapter past a draft that does not listen.
     module.zero_grad()
@@ -199,7 +308,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_rows(contemplate):
     alone = [module(**ConversationCollator(0)([row])) for row in rows]
     counts = torch.tensor([length - prompt - 1 for prompt, length in lengths])
     mean = sum(count * output["loss"] for count, output in zip(counts, alone, strict=True)) / counts.sum()
-    torch.testing.assert_close(together["loss"], mean, rtol=1e-7, atol=0)  # weights of steps are float32
+    torch.testing.assert_close(together["loss"], mean, rtol=1e-12, atol=0)
     for name in ("accepted", "correct"):
         assert torch.equal(together[name], torch.cat([output[name] for output in alone]))
     assert together["correct"][:, 0, 1].tolist() == counts.tolist()
@@ -260,13 +369,14 @@ def test_rows_without_a_future_are_eagle3_rows(monkeypatch):
     draft = tiny_pair(target)
     module = ConFuForTraining(target, draft, ConFuTrainingObjective(num_anchors=1, replication=2)).train()
     choose_anchors(monkeypatch, 4)
-    seen = spy(module, monkeypatch, "_unroll")
+    seen = steps_of(monkeypatch)
     batch = batch_of((3, 14))
     module(**batch)
-    confu = seen["result"]
+    confu = torch.stack([step["outputs"] for step in seen])
+    seen.clear()
     draft.config.contemplate = False
     module(**batch)
-    differs = (confu - seen["result"]).abs().amax((0, -1))[0] > 1e-9
+    differs = (confu - torch.stack([step["outputs"] for step in seen])).abs().amax((0, -1))[0] > 1e-9
     assert differs.nonzero().flatten().tolist() == [4, 5]
 
 
@@ -278,11 +388,11 @@ def test_anchors_lags_and_their_sources(monkeypatch):
     batch = batch_of((4, 30))
     embed, read = target.confu.contemplate_embedding, []
     monkeypatch.setattr(target.confu, "contemplate_embedding", lambda states: read.append(states) or embed(states))
-    seen = spy(module, monkeypatch, "_run_target")
+    seen = spy(module.teacher, monkeypatch, "view")
     torch.manual_seed(0)
     for _ in range(4):
         module.train()(**batch)
-    features = seen["result"][0][0]
+    features = seen["result"].features[0]
     lags = set()
     for states in read:
         for anchor, state in zip(range(3, 28), states[0], strict=True):
@@ -300,12 +410,17 @@ def test_metrics_count_right_guesses(monkeypatch):
     batch = batch_of((3, 11))
 
     def exact(states, head, log_probs, choice, target_rows, weights, chunk=512):
-        exact.weights = weights
         return weights.sum(), torch.ones(len(states), dtype=torch.bool)
 
     monkeypatch.setattr(training, "linear_kl", exact)
     # Every token is in the draft's vocabulary.
-    monkeypatch.setattr(module, "_draft_view", lambda logits, choices: (logits.log_softmax(-1), choices.clamp_min(0)))
+    view = Teacher.view
+
+    def known(*args, **kwargs):
+        said = view(*args, **kwargs)
+        return replace(said, choices=said.choices.clamp_min(0))
+
+    monkeypatch.setattr(Teacher, "view", known)
     outputs = module(**batch)
     assert outputs["accepted"].tolist() == [[4.0 * 5, 5.0]]  # 7 rows, 5 of them with 3 steps before the end
     assert outputs["correct"].tolist() == [[[7, 7], [6, 6], [5, 5]]]
@@ -316,22 +431,22 @@ def test_what_the_target_would_say_outside_the_draft_vocabulary_is_left_out(monk
     target = tiny_llama()
     module = ConFuForTraining(target, tiny_pair(target, contemplate=False), ConFuTrainingObjective(ttt_steps=1)).eval()
     batch = batch_of((3, 30))
-    seen = spy(module, monkeypatch, "_run_target")
+    seen = spy(module.teacher, monkeypatch, "view")
     outputs = module(**batch)
-    _, log_probs, choice, _ = seen["result"]
+    log_probs, choice = seen["result"].log_probs, seen["result"].choices
     logits = target(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[0, 3:]
     inside = module.draft.t2d[logits.argmax(-1)]
     assert 0 < inside.sum() < len(inside)
     assert torch.equal(choice[0] >= 0, inside)
     ids = module.draft.draft_token_ids
     assert torch.equal(ids[choice[0, inside]], logits.argmax(-1)[inside])
-    torch.testing.assert_close(log_probs[0], logits[:, ids].float().log_softmax(-1))
+    torch.testing.assert_close(log_probs[0], logits[:, ids].log_softmax(-1))
     # No prediction of such a row counts as right, and its loss is zero.
     module.draft.lm_head.weight.data.zero_()
     expected = -(log_probs[0].exp() * -log_probs[0]).sum(-1) + torch.log(torch.tensor(64.0))  # KL to uniform
     count = outputs["correct"][0, 0, 1]
     torch.testing.assert_close(
-        module(**batch)["loss"].float(), (expected * inside)[: int(count)].sum() / count, rtol=1e-4, atol=1e-4
+        module(**batch)["loss"], (expected * inside)[: int(count)].sum() / count, rtol=1e-4, atol=1e-4
     )
 
 

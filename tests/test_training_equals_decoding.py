@@ -14,6 +14,8 @@ from confu_hf.target.passes import prefill, verify
 from confu_hf.target.soft_prompts import soft_prompt_key_values
 from confu_hf.training.data import ConversationCollator
 from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
+from confu_hf.training.rows import DraftRows
+from confu_hf.training.unroll import DraftUnroll
 from confu_hf.tree.draft_tree import DraftTree
 from confu_hf.tree.layout import verify_layout
 
@@ -29,6 +31,13 @@ KINDS = [
     ("granite", None),
 ]
 CASES = [(*case, lag) for case in KINDS for lag in ((1, 3) if case[1] else (1,))]
+VARIANTS = {
+    "feedback_after_norm": {"feedback_after_norm": True},
+    "eagle3.1": {"feedback_after_norm": True, "fc_norm": True},
+    "norm_before_residual": {"norm_before_residual": True, "qk_norm": True},
+    "own embeddings": {"own_embeddings": True, "target_layer_ids": [1, 2, 4]},
+    "narrow, scaled": {"hidden_size": 16, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +45,9 @@ def _exact_softmax(monkeypatch):
     keep_softmax_in_float64(monkeypatch)
 
 
-def pair(architecture: str, kind: str | None):
+def pair(architecture: str, kind: str | None, **variant):
     target = ARCHITECTURES[architecture]()
-    fields = {"contemplate": False} if kind is None else {"soft_prompt_type": kind}
+    fields = {"contemplate": False, **variant} if kind is None else {"soft_prompt_type": kind, **variant}
     draft = tiny_pair(target, **fields)
     if kind is not None:
         with torch.no_grad():
@@ -53,11 +62,11 @@ def trained_outputs(target, draft, batch, *, lag: int, monkeypatch):
     if lag > 1:  # evaluation contemplates at lag 1; training draws 1..max_lag
         module.train()
         monkeypatch.setattr(torch, "randint", lambda low, high, shape, device=None: torch.full(shape, high - 1))
-    seen = {}
-    monkeypatch.setattr(module, "_loss", lambda outputs, rows, *_: seen.update(outputs=outputs, rows=rows))
+    seen, step = [], DraftUnroll.step
+    monkeypatch.setattr(DraftUnroll, "step", lambda unroll: seen.append(step(unroll)) or seen[-1])
     with torch.no_grad():
         module(**batch)
-    return seen["outputs"], seen["rows"]
+    return torch.stack(seen), DraftRows.of(batch["labels"], STEPS)
 
 
 def chain(tokens: torch.Tensor) -> DraftTree:
@@ -90,7 +99,7 @@ def decoded_round(target, draft, tokens, row: int, lag: int):
     )
     embedding = target.confu.contemplate_embedding(features[:, -1]) if contemplate else None
     verified = verify(target, layout, embedding, cache, ids)
-    drafter = NetworkDrafter(draft, target.get_input_embeddings())
+    drafter = NetworkDrafter(draft, draft.input_embeddings(target.get_input_embeddings()))
     everything = torch.cat([features, verified.features], dim=1)
     future = verified.futures[:, 0] if contemplate else None
     # Told in two parts, as decoding tells it: rows that it has not read wait.
@@ -101,13 +110,22 @@ def decoded_round(target, draft, tokens, row: int, lag: int):
     for step in range(min(STEPS, tokens.shape[1] - row - 1)):
         parents = None if step == 0 else torch.zeros(1, 1, dtype=torch.long)
         drafter.step(tokens[:, row + 1 + step, None], parents, 1)
-        outputs.append(draft.norm(drafter.hidden_states[0, 0]))
+        outputs.append(draft.head_inputs(drafter.hidden_states[0, 0]))
     return torch.stack(outputs)
 
 
 @pytest.mark.parametrize(("architecture", "kind", "lag"), CASES)
 def test_every_row_and_step(architecture, kind, lag, monkeypatch):
-    target, draft = pair(architecture, kind)
+    check_every_row_and_step(*pair(architecture, kind), lag, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["kv", None])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_row_and_step_of_the_variants(name, kind, monkeypatch):
+    check_every_row_and_step(*pair("llama", kind, **VARIANTS[name]), 1, monkeypatch)
+
+
+def check_every_row_and_step(target, draft, lag, monkeypatch):
     # The second sequence is shorter: padding on the right, and other rows.
     batch = ConversationCollator(0)(conversations((PROMPT, LENGTH), (PROMPT + 1, LENGTH - 3)))
     outputs, rows = trained_outputs(target, draft, batch, lag=lag, monkeypatch=monkeypatch)

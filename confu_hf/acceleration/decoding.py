@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from .packing import multiplies_bfloat16, packed_linears
+from ..compat import multiplies_bfloat16
+from .packing import packed_linears
 
 
 @contextmanager

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..compat import has_bfloat16_kernels as _has_bfloat16_kernels
+from ..compat import multiplies_bfloat16 as multiplies_bfloat16
+
 # Below this size the call costs more than packing saves.
 MIN_ELEMENTS = 2**17
 # With more rows (prefill) the product itself dominates, and its plain form is bit-identical to plain decoding.
@@ -101,17 +104,6 @@ class PackedLinears:
         finally:
             for module in used:
                 module.__dict__.pop("forward", None)
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16, as fast as those of float32 or faster."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return _has_bfloat16_kernels() and any(getattr(torch.cpu, name, lambda: False)() for name in names)
-
-
-def _has_bfloat16_kernels() -> bool:
-    # Asked in this order: a torch without oneDNN has no such operator.
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _packable(module: nn.Module) -> bool:

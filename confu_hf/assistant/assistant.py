@@ -183,7 +183,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
 
     def new_drafter(self, target: PreTrainedModel) -> Drafter:
         """Who drafts in one call of `generate`. Override it to draft in another way."""
-        return NetworkDrafter(self, target.get_input_embeddings())
+        return NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
 
     def new_policy(self, options: TreeOptions) -> Policy:
         """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""

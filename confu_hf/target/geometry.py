@@ -1,17 +1,16 @@
-"""What shapes a target has, read from its config."""
+"""What shapes a target has, read from its config. The numbers are `TargetGeometry`'s, which configuration derives."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from ..configuration_confu import TargetGeometry
+
 
 def attention_geometry(config: PreTrainedConfig) -> tuple[int, int, int]:
     """Shape of a target's cache: `(num_layers, kv_heads, head_dim)`."""
-    config = config.get_text_config(decoder=True)
-    num_heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return config.num_hidden_layers, kv_heads, head_dim
+    geometry = TargetGeometry.of(config)
+    return geometry.num_hidden_layers, geometry.num_key_value_heads, geometry.head_dim
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:

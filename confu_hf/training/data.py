@@ -1,5 +1,7 @@
-"""Chat answers -> token ids and labels, batches, and the draft's vocabulary. Knows tokenizers and `datasets`, no
-model."""
+"""Chat answers -> token ids and labels, batches, and the draft's vocabulary.
+
+Knows tokenizers and `datasets`, no model.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,9 @@ def load_conversations(
     eos_token_id: int,
     min_answer: int = 4,
 ) -> Dataset:
-    """Read `messages` files (jsonl, jsonl.gz, parquet: anything `datasets` opens by extension) into `input_ids`,
-    `labels`, `length`.
+    """Read `messages` files into `input_ids`, `labels`, `length`, `index`.
 
-    Answers of fewer than `min_answer` tokens teach the draft nothing and are left out.
+    jsonl, jsonl.gz, parquet: anything `datasets` opens by extension. Answers of fewer than `min_answer` tokens teach the draft nothing and are left out.
     """
     suffix = data_files[0].removesuffix(".gz").rsplit(".", 1)[-1]
     raw = load_dataset({"jsonl": "json"}.get(suffix, suffix), data_files=data_files, split="train")
@@ -68,9 +69,17 @@ def load_conversations(
     return tokens.add_column("index", range(len(tokens)))
 
 
+def answer_lengths(rows: Dataset | Iterable[dict[str, Any]]) -> list[int]:
+    """Answer tokens of each of the rows."""
+    column = rows["labels"] if isinstance(rows, Dataset) else (row["labels"] for row in rows)
+    return [sum(label != IGNORED for label in labels) for labels in column]
+
+
 class ConversationCollator:
-    """Pads on the right to the longest sequence of the batch: `input_ids`, `attention_mask`, `labels`, each `(B, N)`
-    long; and `index` `(B,)`."""
+    """Pads on the right to the longest sequence of the batch.
+
+    `input_ids`, `attention_mask`, `labels`, each `(B, N)` long; and `index` `(B,)`.
+    """
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
@@ -98,7 +107,8 @@ def frequent_tokens(
     """The draft's vocabulary: the answers' most frequent tokens.
 
     Args:
-        rows: with `labels`. always: token ids kept in any case (end tokens).
+        rows: with `labels`.
+        always: token ids kept in any case (end tokens).
 
     Returns:
         `(draft_vocab_size,)` long, sorted target ids, and the share of answer tokens that they cover.

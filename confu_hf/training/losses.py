@@ -1,19 +1,41 @@
-"""The training loss: KL(target || draft) over the draft vocabulary, computed together with the draft's LM head, chunk
-by chunk.
+"""The training loss: KL(target || draft) over the draft vocabulary, computed with the draft's LM head, chunk by chunk.
 
 A step of training has `rows x test-time steps` predictions over thousands of tokens; keeping their logits for the
-backward pass would take more memory
-and time than the rest of the draft. So the gradient with respect to the hidden states and the head's weight is formed
-in the forward pass, while a chunk's
-logits are at hand: for p = target, q = softmax(z), d KL / d z = q - p.
+backward pass would take more memory and time than the rest of the draft. So the gradient with respect to the hidden
+states and the head's weight is formed in the forward pass, while a chunk's logits are at hand: for p = target,
+q = softmax(z), d KL / d z = q - p.
 
 Knows tensors only: no model, no data.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss as sums and what they are sums over, so that parts of a batch can be added up wherever they ran.
+
+    One entry per test-time step and a last one for the contemplate tokens; weights of the objective are in the
+    numerators. Example, two steps: 10 rows with a summed divergence of 20, of which 8 have a second step with (weighted)
+    12, no contemplate tokens: numerators (20, 12, 0), denominators (10, 8, 0), loss 2 + 1.5. Half of that batch has
+    other numerators and other counts; the sums over both halves are these.
+    """
+
+    numerators: torch.Tensor  # (K + 1,) with gradient
+    denominators: torch.Tensor  # (K + 1,) long
+
+    def mean(self, denominators: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss; with the `denominators` of a larger batch, this part's share in its loss."""
+        counts = self.denominators if denominators is None else denominators
+        return (self.numerators / counts.clamp_min(1)).sum()
+
+    def outputs(self) -> dict[str, torch.Tensor]:
+        return {"loss": self.mean(), "numerators": self.numerators, "denominators": self.denominators}
 
 
 def kl_reference(
@@ -76,11 +98,10 @@ def linear_kl(
         hidden_states: `(R, d)` the draft's normalised outputs.
         head_weight: `(K, d)` of the draft's LM head.
         target_log_probs: `(P, K)` finite log-softmax of the target's logits over the draft vocabulary, one row per
-            *position* (several draft rows
-            predict the same position).
+            *position* (several draft rows predict the same position).
         target_choice: `(P,)` long, the target's likeliest token as a draft id.
         target_rows: `(R,)` long, which of the `P` positions each draft row is compared with.
-        row_weights: `(R,)` weights, e.g. `decay ** k / count`; 0 leaves a row out.
+        row_weights: `(R,)` weights; 0 leaves a row out.
         chunk: rows whose logits exist at one time.
 
     Returns:
@@ -92,15 +113,14 @@ def linear_kl(
 
 
 def chain_accepted_length(correct: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens a round would emit with a chain of `K` drafted tokens, bonus included: 1 + the number of correct guesses
-    before the first wrong one.
+    """Tokens a round would emit with a chain of `K` drafted tokens, bonus included.
 
-    Example: guesses right, right, wrong, right give 1 + 2 = 3. Exact for text that the target wrote greedily; for
-        sampled text it is the chance of the text.
+    That is 1 + the number of correct guesses before the first wrong one: right, right, wrong, right give 1 + 2 = 3.
+    Exact for text that the target wrote greedily; for sampled text it is the chance of the text.
 
     Args:
-        correct: `(K, R)` bool, step `k` of row `r` proposed the right token. valid: `(K, R)` bool, that step lies
-            inside the response.
+        correct: `(K, R)` bool, step `k` of row `r` proposed the right token.
+        valid: `(K, R)` bool, that step lies inside the response.
 
     Returns:
         `(R,)` float accepted lengths, and `(R,)` bool: rows whose chain lies wholly inside the response.

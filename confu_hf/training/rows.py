@@ -1,6 +1,6 @@
 """The rows of a batch that are trained, and attention of rows to what they share and to what each has for itself.
 
-What a row means, and which keys it has of its own, is told in training.py. Index work only: no model.
+What a row means, and which keys it has of its own, is told in unroll.py. Index work only: no model.
 """
 
 from __future__ import annotations
@@ -27,26 +27,33 @@ class DraftRows:
         batch, length = labels.shape
         answer = F.pad(labels != IGNORED, (0, steps + 2))  # (B, N + steps + 2)
         is_row = answer[:, 1 : length + 1] & answer[:, 2 : length + 2]
-        count = int(is_row.sum(-1).max())
-        if count == 0:
+        if not is_row.any():
             raise ValueError(
                 f"labels: got no answer of two tokens or more in {batch} sequences, expected one at least. "
                 "Leave such sequences out (load_conversations does), or raise max_length if it cuts the answers off."
             )
-        # A stable sort brings the row indices of each sequence to the front, in order.
-        starts = is_row.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
-        exists = is_row.gather(1, starts)
+        starts, exists = rows_in_front(is_row)
         starts = torch.where(exists, starts, starts[:, :1])  # padding rows stay in range and are never used
         valid = torch.stack([answer.gather(1, starts + 2 + k) & exists for k in range(steps)])
         return cls(starts, valid.cumprod(0).bool())
 
-    def thinned(self, fraction: float) -> tuple[DraftRows, torch.Tensor]:
-        """Keep a random `fraction` of the rows beyond step 0; and the indices `(B, R')` of those rows, ascending."""
-        count = self.starts.shape[1]
-        chance = torch.rand(self.starts.shape, device=self.starts.device).masked_fill(~self.valid[0], -1.0)
-        kept = chance.topk(math.ceil(count * fraction), dim=-1).indices.sort(-1).values
-        chosen = torch.zeros_like(self.valid[0]).scatter(1, kept, True)
-        return DraftRows(self.starts, torch.cat([self.valid[:1], self.valid[1:] & chosen])), kept
+
+def rows_in_front(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `chosen` rows `(B, R)` bool of each sequence, in order: indices `(B, R')`, and `(B, R')` bool which are chosen.
+
+    Sequences with fewer of them than others are filled up with rows that are not chosen; one row stays at least.
+    """
+    count = max(int(chosen.sum(-1).max()), 1)
+    # A stable sort brings the chosen rows to the front, in order.
+    index = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return index, chosen.gather(1, index)
+
+
+def random_rows(exist: torch.Tensor, fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random `fraction` of the rows, as [`rows_in_front`]; rows that do not `exist` `(B, R)` come last."""
+    chance = torch.rand(exist.shape, device=exist.device).masked_fill(~exist, -1.0)
+    index = chance.topk(math.ceil(exist.shape[1] * fraction), dim=-1).indices.sort(-1).values
+    return index, exist.gather(1, index)
 
 
 def gather_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -71,8 +78,9 @@ def row_attention(
     """Attention over keys that all rows share and keys that belong to one row each.
 
     Args:
-        query: `(B, heads, R, head_dim)`. keys, values: `(B, kv_heads, N, head_dim)`, shared. mask: `(B, R, N)` bool,
-            True = may attend.
+        query: `(B, heads, R, head_dim)`.
+        keys, values: `(B, kv_heads, N, head_dim)`, shared.
+        mask: `(B, R, N)` bool, True = may attend.
         own: per extra step, keys and values `(B, kv_heads, R, head_dim)`, row `r` for query `r` alone, and `(B, R)`
             bool which rows have one.
 

@@ -1,9 +1,8 @@
-"""What the frozen target says about each training sequence, kept on disk: from the second epoch on, training needs no
-pass of the target.
+"""What the frozen target says about each training sequence, on disk: from the second epoch on, no pass of the target.
 
-Per position `4 d + 2` numbers of two bytes: the features, the last hidden state (from which the draft-vocabulary
-logits follow) and the target's likeliest token; for ConFu's stage also its keys and values, which contemplate tokens
-read. For SmolLM2-135M that is 4.6 kB a token, and 23 kB more with keys and values: worth it where the target is the
+Per position `4 d + 2` numbers of two bytes (with three features): the features, the last hidden state, from which the
+draft-vocabulary logits follow, and the target's likeliest token; for ConFu's stage also its keys and values, which
+contemplate tokens read. For SmolLM2-135M that is 4.6 kB a token, and 23 kB more with keys and values: worth it where the target is the
 slow part and the disk is large.
 """
 
@@ -26,6 +25,7 @@ class FeatureStore:
         lengths: tokens of every sequence, by index.
         width: `d` of the target.
         cache_shape: `(L, kv_heads, head_dim)` to keep keys and values as well.
+        num_features: hidden states of the target that make one feature vector.
         fingerprint: what else the content depends on (target, dtype, draft vocabulary, layers); another one is
             refused.
 
@@ -40,6 +40,7 @@ class FeatureStore:
         width: int,
         fingerprint: str,
         cache_shape: tuple[int, int, int] | None = None,
+        num_features: int = 3,
     ):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,9 @@ class FeatureStore:
         self._check_identity(folder / "identity.json", identity)
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         total = int(self.starts[-1])
-        self.states = self._open(folder / "states.bin", np.int16, (total, 4 * width))  # bit patterns of bfloat16
+        self.states = self._open(
+            folder / "states.bin", np.int16, (total, (num_features + 1) * width)
+        )  # bit patterns of bfloat16
         self.choices = self._open(folder / "choices.bin", np.int32, (total,))
         self.known = self._open(folder / "known.bin", np.uint8, (len(lengths),))
         self.cache_shape = cache_shape

@@ -1,12 +1,14 @@
-"""`ConFuTrainer`: Hugging Face's `Trainer` around [`ConFuForTraining`]; saves draft and adapter as the repository
-layout that users load.
+"""`ConFuTrainer`: Hugging Face's `Trainer` around [`ConFuForTraining`].
 
-Everything else (schedules, mixed precision, accelerate, checkpoints, resuming) is the `Trainer`'s own.
+Saves draft and adapter as the repository layout that users load. The loss of a step is a mean over all its rows,
+wherever they ran: micro-batches and processes count their rows before they start, and all divide by the sum. Everything else (schedules, mixed precision, accelerate, checkpoints, resuming) is the `Trainer`'s own.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapter.attachment import LooseAdapter
+from ..compat import multiplies_bfloat16
+from ..errors import refusal
 from ..hub.pair import read_pair, write_pair
+from .data import answer_lengths
+from .losses import LossTerms
 from .module import ConFuForTraining
 from .optimizer import MuonAdamW
 
@@ -82,12 +88,30 @@ class ConFuTrainer(Trainer):
         kwargs.setdefault("compute_metrics", acceptance_metrics)
         super().__init__(model, *args, **kwargs)
         self._window = np.zeros(3)  # summed accepted lengths, their rows, answer tokens drafted for
+        if self.args.n_gpu > 1:
+            raise refusal(
+                "ConFuTrainer",
+                got=f"{self.args.n_gpu} GPUs in one process",
+                expected="one process per GPU",
+                fix="Start the script with `accelerate launch`, or choose one by CUDA_VISIBLE_DEVICES.",
+            )
+        if self.args.bf16 and self.args.device.type == "cpu" and not multiplies_bfloat16():
+            warnings.warn(
+                "bf16: got a CPU without instructions for products of bfloat16, expected AVX512-BF16 or AMX. "
+                "Training will take several times as long as in float32: leave --bf16 out.",
+                stacklevel=2,
+            )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
-        return EpochOrder(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        # By the length of the answers: their rows, not the prompt's, are what a step costs. All that one step of the
+        # optimizer sees, in all processes, is of one length.
+        args = self.args
+        group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        sampler = LengthGroupedSampler(group, lengths=answer_lengths(train_dataset or self.train_dataset))
+        return EpochOrder(sampler, args.seed if args.data_seed is None else args.data_seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.muon or self.optimizer is not None:
@@ -103,12 +127,33 @@ class ConFuTrainer(Trainer):
         )
         return self.optimizer
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | None]:
+        """The micro-batches of one step, and what all processes together divide their losses by, `(K + 1,)`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        module = self.accelerator.unwrap_model(self.model)
+        counts = sum(module.denominators(batch["labels"]).to(device) for batch in batches)
+        return batches, self.accelerator.reduce(counts, reduction="sum")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """`num_items_in_batch`: from [`get_batch_samples`]; in evaluation a batch is its own whole."""
         outputs = model(**inputs)
+        loss = outputs["loss"]
         if model.training:
             accepted = outputs["accepted"].detach().sum(0).tolist()
             self._window += (*accepted, outputs["correct"][:, 0, 1].sum().item())
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+            if num_items_in_batch is not None:
+                loss = LossTerms(outputs["numerators"], outputs["denominators"]).mean(num_items_in_batch)
+                # Gradients, and what is logged, are averaged over processes, which have divided by the sum already.
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        ignored = [*(ignore_keys or []), "numerators", "denominators"]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignored)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

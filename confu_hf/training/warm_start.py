@@ -1,86 +1,76 @@
 """Start a draft from what the target already knows instead of from noise.
 
 An EAGLE-3 draft stands where the target's last layers stand: it reads a late hidden state and ends in a language-model
-head. So its fusion starts as the
-identity on the highest feature, its decoder layer as one of the target's last layers, and its head as the target's
-rows. What does not fit (other
-shapes, other layer kinds) keeps its random start; nothing is required.
+head. So its fusion starts as the identity on the highest feature, its decoder layer as one of the target's last layers,
+and its head as the target's rows. What does not fit (other shapes, other layer kinds) keeps its random start; nothing is
+required.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..modeling_confu import ConFuDraftModel
+from ..target.weights import head_rows, last_norm_weight, layer_weights
 
-# In the draft's layer and in the target's, by name below the layer.
-_SAME = ("self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+# Columns of the draft's are those of [norm(emb) ; norm(h)]: the target's layer reads a hidden state only.
 _HIDDEN_HALF = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+_NORMS = {"before_attention": "hidden_norm.weight", "before_mlp": "post_attention_layernorm.weight"}
 
 
 @torch.no_grad()
-def warm_start_from_target(draft: ConFuDraftModel, target: PreTrainedModel, layer_index: int = -2) -> list[str]:
-    """Copy what fits from the target's decoder layer `layer_index` and head into the draft.
+def warm_start_from_target(
+    draft: ConFuDraftModel, target: PreTrainedModel, layer_index: int = -2, sample: Tensor | None = None
+) -> list[str]:
+    """Copy what fits from the target's decoder layer `layer_index`, head and embeddings into the draft.
+
+    Args:
+        sample: `(B, N)` token ids, for drafts with norms before `fc`: all their weights start as the RMS that the highest
+            feature has there, so that its hidden states come through about as large as they were. None = as 1.
 
     Returns:
         Names of the draft's weights that were set.
     """
-    width = draft.config.hidden_size
-    draft.fc.weight.zero_()
-    draft.fc.weight[:, -width:].copy_(torch.eye(width))
-    decoder = target.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    sources = {} if layers is None else _layer_weights(layers[layer_index])
-    head = target.get_output_embeddings()
-    if head is not None:
-        sources["lm_head.weight"] = head.weight[draft.draft_token_ids.to(head.weight.device)]
-    sources["norm.weight"] = _norm_weight(getattr(decoder, "norm", None))
-    goals, done = dict(draft.named_parameters()), ["fc.weight"]
+    sources = {"norm.weight": last_norm_weight(target)}
+    for name, weight in layer_weights(target, layer_index).items():
+        if name in _HIDDEN_HALF and weight is not None:
+            weight = torch.cat([torch.zeros_like(weight), weight], dim=1)
+        sources[f"midlayer.{_NORMS.get(name, name)}"] = weight
+    if draft.config.hidden_size == draft.config.target_hidden_size:
+        identity = torch.zeros_like(draft.fc.weight)
+        identity[:, -draft.config.hidden_size :].fill_diagonal_(1.0)
+        sources |= {"fc.weight": identity, "lm_head.weight": head_rows(target, draft.draft_token_ids)}
+    if draft.config.own_embeddings:
+        sources["embed_tokens.weight"] = target.get_input_embeddings().weight
+    if draft.config.fc_norm and sample is not None:
+        size = feature_rms(target, draft.config.target_layer_ids[-1], sample)
+        for name, weight in draft.fc_norm.named_parameters():
+            sources[f"fc_norm.{name}"] = torch.full_like(weight, size)
+    goals, done = dict(draft.named_parameters()), []
     for name, source in sources.items():
-        if source is not None and source.shape == goals[name].shape:
+        if source is not None and name in goals and source.shape == goals[name].shape:
             goals[name].copy_(source)
             done.append(name)
     return done
 
 
-def _layer_weights(layer: nn.Module) -> dict[str, torch.Tensor | None]:
-    """What a decoder layer of a target has for the draft's, by the draft's names."""
-    weights = dict(layer.named_parameters())
-    found = {f"midlayer.{name}": weights.get(name) for name in _SAME}
-    for name in _HIDDEN_HALF:
-        weight = weights.get(name)
-        # Columns of [norm(emb) ; norm(h)]: the target's layer reads a hidden state only.
-        found[f"midlayer.{name}"] = None if weight is None else torch.cat([torch.zeros_like(weight), weight], dim=1)
-    before_attention = getattr(layer, "input_layernorm", None)
-    # Where there is a norm of its own before the MLP, or none before attention, `post_attention_layernorm` stands
-    # behind attention and is another thing than the draft's.
-    before_mlp = getattr(layer, "post_attention_layernorm", None) if before_attention is not None else None
-    before_mlp = getattr(layer, "pre_feedforward_layernorm", before_mlp)
-    found["midlayer.hidden_norm.weight"] = _norm_weight(before_attention)
-    found["midlayer.post_attention_layernorm.weight"] = _norm_weight(before_mlp)
-    return found
+def feature_rms(target: PreTrainedModel, layer_id: int, sample: Tensor) -> float:
+    """The median over positions of the RMS of the hidden state that enters layer `layer_id`.
 
-
-def _norm_weight(norm: nn.Module | None) -> torch.Tensor | None:
-    """`(d,)` what an RMS norm multiplies by, read off its output for equal inputs: Gemma's stores the weight minus
-    one. None for a norm that removes the mean."""
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        return None
-    # A power of two, large beside any epsilon: divided by its RMS it is exactly 1.
-    scale = norm(torch.full_like(weight, 1024.0))
-    return scale if scale.any() and getattr(norm, "bias", None) is None else None
+    The median: first tokens have states hundreds of times larger than all others.
+    """
+    output = target.get_decoder()(input_ids=sample.to(target.device), output_hidden_states=[layer_id], use_cache=False)
+    return output.hidden_states[layer_id].float().square().mean(-1).sqrt().median().item()
 
 
 @torch.no_grad()
 def warm_start_from_eagle3(draft: ConFuDraftModel, eagle3: ConFuDraftModel) -> None:
     """Start a ConFu draft from an EAGLE-3 draft of the same geometry.
 
-    The future token starts as what the network can already read: `W_f` as the fusion of features, for `f_v` stands
-        where the features of the next position
-    would stand; the skip connection stays closed (zero).
+    The future token starts as what the network can already read: `W_f` as the fusion of features, for `f_v` stands where
+    the features of the next position would stand; the skip connection stays closed (zero).
     """
     missing, unexpected = draft.load_state_dict(eagle3.state_dict(), strict=False)
     foreign = [name for name in missing if not name.startswith("future_")]

@@ -1,0 +1,108 @@
+"""Contemplation in training: anchors, their futures, and which row uses which. Knows the adapter by its layer alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..modeling_confu import ConFuDraftModel
+from ..target.context import ContemplateContext
+from ..target.passes import contemplate_anchors
+from ..target.soft_prompts import soft_prompt_key_values
+from ..target.weights import head_rows
+from .losses import linear_kl
+from .rows import DraftRows, gather_rows
+from .teacher import TeacherView
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The positions that are contemplated after, `A` per sequence, in order."""
+
+    rows: Tensor  # (B, A) long, which rows they are
+    positions: Tensor  # (B, A) long
+    lag: Tensor | int  # how many positions before them the contemplate token's experts read
+    exist: Tensor  # (B, A) bool, False where a sequence has fewer rows than anchors
+
+    @classmethod
+    def of(cls, rows: DraftRows, number: int, max_lag: int) -> Anchors:
+        """`number` rows of each sequence, drawn at random, with lags from 1 to `max_lag`."""
+        exists = rows.valid[0]
+        chance = torch.rand(rows.starts.shape, device=exists.device).masked_fill(~exists, -1.0)
+        chosen = chance.topk(min(number, exists.shape[1]), dim=-1).indices.sort(-1).values
+        lag = torch.randint(1, max_lag + 1, chosen.shape, device=exists.device) if max_lag > 1 else 1
+        return cls(chosen, rows.starts.gather(1, chosen), lag, exists.gather(1, chosen))
+
+
+@dataclass(frozen=True)
+class RowFutures:
+    """The future token of every row, `(B, R, ...)`; rows without one have `present` False."""
+
+    embeds: Tensor  # (B, R, d)  MoE_f(h_t)
+    states: Tensor  # (B, R, d)  W_f f
+    present: Tensor  # (B, R) bool
+    anchors: Anchors
+    last: Tensor  # (B, A, d) the contemplate tokens' own states behind the target's last norm
+
+
+def row_futures(
+    target: PreTrainedModel,
+    draft: ConFuDraftModel,
+    view: TeacherView,
+    hidden_states: Tensor,
+    rows: DraftRows,
+    anchors: Anchors,
+    replication: int,
+) -> RowFutures:
+    """Contemplate after `anchors` and hand each future to the next `replication` rows.
+
+    Args:
+        hidden_states: `(B, N, d)`, `h_i` of every position.
+    """
+    features, device = view.features, view.features.device
+    batch, count = rows.starts.shape
+    sources = (anchors.positions - anchors.lag).clamp_min(0)
+    layer = target.confu
+    embeddings = layer.contemplate_embedding(gather_rows(features, sources))  # (B, A, d)
+    visible = torch.arange(features.shape[1], device=device) <= anchors.positions[..., None]  # (B, A, N)
+    futures, last = contemplate_anchors(
+        target,
+        ContemplateContext(view.cache, soft_prompts(target)),
+        embeddings,
+        anchors.positions + 1,
+        visible,
+        draft.config.target_layer_ids,
+    )  # (B, A, 3 d), (B, A, d)
+    every_row = torch.arange(count, device=device).expand(batch, -1).contiguous()
+    latest = torch.searchsorted(anchors.rows, every_row, right=True) - 1  # (B, R), -1 before the first anchor
+    distance = rows.starts - anchors.positions.gather(1, latest.clamp_min(0))
+    present = (latest >= 0) & (distance < replication) & rows.valid[0]
+    embeds = draft.future_mixture(gather_rows(hidden_states, rows.starts))
+    states = gather_rows(draft.fuse_future(futures.to(hidden_states.dtype)), latest.clamp_min(0))
+    return RowFutures(embeds, states, present, anchors, last)
+
+
+def soft_prompts(target: PreTrainedModel) -> Tensor:
+    """`(L, 2, S, kv_heads, head_dim)` of the adapter in use, differentiable."""
+    weight = target.confu.prompt_weight()
+    return weight if target.confu.soft_prompt_type == "kv" else soft_prompt_key_values(target, weight)
+
+
+def future_numerator(
+    target: PreTrainedModel, draft: ConFuDraftModel, futures: RowFutures, view: TeacherView
+) -> Tensor:
+    """Sum over anchors `a` of KL(target at `a + 1` || the contemplate token after `a`, through the target's head).
+
+    As for rows of the draft, an anchor whose target says a token that the draft does not have adds nothing.
+    """
+    target_rows, choices = view.locate(futures.anchors.positions + 1)
+    used = (choices >= 0) & futures.anchors.exist
+    head = head_rows(target, draft.draft_token_ids)
+    weights = torch.ones(target_rows[used].shape, device=used.device)
+    loss, _ = linear_kl(
+        futures.last[used], head, view.log_probs.flatten(0, 1), view.choices.flatten(), target_rows[used], weights
+    )
+    return loss
