@@ -10,13 +10,14 @@ from tiny_models import tiny_llama
 from tiny_pairs import tiny_pair
 from torch import nn
 
-from confu_hf.acceleration import decoding, packing
+from confu_hf import compat
+from confu_hf.acceleration import decoding
 from confu_hf.acceleration.packing import PackedLinears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-no_bfloat16 = pytest.mark.skipif(not packing._has_bfloat16_kernels(), reason="this CPU has no bfloat16")
+no_bfloat16 = pytest.mark.skipif(not compat.has_bfloat16_kernels(), reason="this CPU has no bfloat16")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=no_bfloat16)])
 
 
@@ -58,7 +59,7 @@ def test_products_in_another_dtype(bias):
 def test_without_onednn_nothing_is_asked_of_it(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
-    assert not packing.multiplies_bfloat16()
+    assert not compat.multiplies_bfloat16()
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from confu_hf.tree.draft_tree import DraftTree
 from confu_hf.tree.ends import likeliest_ends, nearest_contemplated
 from confu_hf.tree.growing import grow_tree
-from confu_hf.tree.layout import verify_layout
+from confu_hf.tree.layout import VerifyLayout, verify_layout
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -339,7 +339,7 @@ def test_the_drawing_in_the_docstring_is_the_mask():
         slot_position_ids=torch.tensor([committed]),
         soft_prompt_length=2,
     )
-    documented = [line.strip() for line in inspect.getdoc(verify_layout).splitlines()]
+    documented = [line.strip() for line in inspect.getdoc(VerifyLayout).splitlines()]
     start = next(i for i, line in enumerate(documented) if line.startswith("keys "))
     drawing = render(layout, committed, contemplate_nodes).splitlines()
     assert documented[start : start + len(drawing) + 1] == [*drawing, ""]

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..compat import has_bfloat16_kernels as _has_bfloat16_kernels
-from ..compat import multiplies_bfloat16 as multiplies_bfloat16
+from ..compat import has_bfloat16_kernels
 
 # Below this size the call costs more than packing saves.
 MIN_ELEMENTS = 2**17
@@ -111,7 +110,7 @@ def _packable(module: nn.Module) -> bool:
         return False
     weight = module.weight
     if weight.dtype == torch.bfloat16:
-        supported = _has_bfloat16_kernels()
+        supported = has_bfloat16_kernels()
     else:
         supported = weight.dtype == torch.float32
     # Exactly these two: tensor subclasses (quantized by torchao, sharded) have their own linear.

@@ -60,28 +60,21 @@ def grow_tree(
         total_tokens: T, drafted nodes to keep, root not counted. With fewer candidates than that the tree is smaller.
         depth: greatest depth of a drafted node.
         top_k: nodes expanded per layer, and children considered for each.
-        confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1). A batch keeps as many nodes
-            as its largest tree needs.
+        confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1); a batch keeps the most.
 
     Raises:
         ValueError: if `total_tokens` or `depth` is negative.
     """
     if total_tokens < 0 or depth < 0:
-        raise refusal(
-            "grow_tree",
-            got=f"total_tokens={total_tokens} and depth={depth}",
-            expected="both 0 or more",
-            fix="0 = no draft.",
-        )
-    if total_tokens == 0:
-        depth = 0
+        got = f"total_tokens={total_tokens} and depth={depth}"
+        raise refusal("grow_tree", got=got, expected="both 0 or more", fix="0 = no draft.")
+    depth = depth if total_tokens else 0
     beam_tokens = root_tokens.unsqueeze(1)  # (B, 1)
     beam_ids = torch.zeros_like(beam_tokens)  # position in the list of candidates; the root is candidate 0
     beam_log_probs = torch.zeros(beam_tokens.shape, device=root_tokens.device)
     beam_parents = None
     # One entry per layer, each (B, candidates of the layer); the entries side by side are the list of candidates.
     tokens, parent_ids, depths, log_probs = [beam_tokens], [beam_ids], [beam_ids], [beam_log_probs]
-
     floor = math.log(confidence_threshold) if confidence_threshold > 0 else None
     num_candidates = 1
     for layer in range(1, depth + 1):
@@ -102,7 +95,6 @@ def grow_tree(
         beam_parents = chosen // children
         beam_ids = chosen + num_candidates
         num_candidates += tokens[-1].shape[1]
-
     return _best_tree(tokens, parent_ids, depths, log_probs, total_tokens, floor)
 
 

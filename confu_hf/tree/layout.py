@@ -19,6 +19,25 @@ class VerifyLayout:
     Keys lie in the order [S soft prompts | slots of the cache], where the rows of a batch row of length C lie in the
     slots C .. C+Q-1: K = the greatest C + Q.
 
+    A node sees the committed slots, its ancestors and itself. A contemplate token sees the soft prompts, the committed
+    slots, its node, that node's ancestors, and itself. Nothing else sees a soft prompt or a contemplate token.
+
+    A tree of four nodes: 1 and 2 are children of the root, 3 is a child of 1; nodes 1 and 3 carry contemplate tokens.
+    S = 2 soft prompts, C = 3 committed slots of which the first is empty (`-`); `#` = may attend:
+
+        keys            s s   - c c   0 1 2 3   c1 c3
+        node 0          . .   . # #   # . . .   .  .
+        node 1          . .   . # #   # # . .   .  .
+        node 2          . .   . # #   # . # .   .  .
+        node 3          . .   . # #   # # . #   .  .
+        contemplate 1   # #   . # #   # # . .   #  .
+        contemplate 3   # #   . # #   # # . #   .  #
+
+    Positions, if the committed slots hold positions -1 (empty), 0, 1:
+        root            1 + 1 = 2     the first position not committed yet
+        nodes 1 and 3   2 + depth     = 3 and 4
+        contemplate 3   4 + 1 = 5     where the token after node 3 will be
+
     Attributes:
         tokens: (B, T+1) long, tokens of the nodes.
         contemplate_nodes: (B, M) long, the node each contemplate token belongs to; M may be 0.
@@ -49,26 +68,7 @@ def verify_layout(
     root_places: Tensor | None = None,
     position_offset: Tensor | int = 0,
 ) -> VerifyLayout:
-    """Positions and attention mask of one verify pass.
-
-    A node sees the committed slots, its ancestors and itself. A contemplate token sees the soft prompts, the committed
-    slots, its node, that node's ancestors, and itself. Nothing else sees a soft prompt or a contemplate token.
-
-    A tree of four nodes: 1 and 2 are children of the root, 3 is a child of 1; nodes 1 and 3 carry contemplate tokens.
-    S = 2 soft prompts, C = 3 committed slots of which the first is empty (`-`); `#` = may attend:
-
-        keys            s s   - c c   0 1 2 3   c1 c3
-        node 0          . .   . # #   # . . .   .  .
-        node 1          . .   . # #   # # . .   .  .
-        node 2          . .   . # #   # . # .   .  .
-        node 3          . .   . # #   # # . #   .  .
-        contemplate 1   # #   . # #   # # . .   #  .
-        contemplate 3   # #   . # #   # # . #   .  #
-
-    Positions, if the committed slots hold positions -1 (empty), 0, 1:
-        root            1 + 1 = 2     the first position not committed yet
-        nodes 1 and 3   2 + depth     = 3 and 4
-        contemplate 3   4 + 1 = 5     where the token after node 3 will be
+    """Positions and attention mask of one verify pass; [`VerifyLayout`] draws it.
 
     Args:
         tree: T drafted nodes.
@@ -118,7 +118,7 @@ def verify_layout(
 
 
 def _row_mask(tree: DraftTree, contemplate_nodes: Tensor) -> Tensor:
-    """Which row of the pass sees which, (B, Q, Q) bool: the right part of the drawing of [`verify_layout`]."""
+    """Which row of the pass sees which, (B, Q, Q) bool: the right part of the drawing of [`VerifyLayout`]."""
     num_nodes, width = tree.tokens.shape[1], tree.tokens.shape[1] + contemplate_nodes.shape[1]
     ancestors = tree.ancestor_mask()
     mask = ancestors.new_zeros(len(ancestors), width, width)
