@@ -291,7 +291,7 @@ def test_a_layout_for_another_cache_is_refused():
     layout = verify_layout(tree, SOME_NODES, slot_position_ids=prompt()[2], soft_prompt_length=PROMPTS)
     with pytest.raises(ValueError, match="for 5 soft prompts and 27 slots, expected 5 and 16"):
         verify(model, layout, embedding(), cache, LAYER_IDS)
-    with pytest.raises(ValueError, match="3 contemplate tokens, but contemplate_embedding is None"):
+    with pytest.raises(ValueError, match="3 contemplate tokens, and contemplate_embedding=None"):
         verify(model, layout, None, cache, LAYER_IDS)
 
 

@@ -6,8 +6,7 @@ It says what the active adapter is and mixes the contemplate token's embedding. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -78,15 +77,6 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
         kept = [name for name in self.active_adapters if name in self.configs]
         super().set_adapter(own or kept, inference_mode=inference_mode or not own)
 
-    @contextmanager
-    def activated(self, adapter_name: str) -> Iterator[None]:
-        """Inside, `adapter_name` is the active adapter; gradients stay as they are."""
-        previous, self._active_adapter = self._active_adapter, [adapter_name]
-        try:
-            yield
-        finally:
-            self._active_adapter = previous
-
     @property
     def current(self) -> str | None:
         """Name of the adapter in use; None if there is none, or if adapters are disabled."""
@@ -106,16 +96,19 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
     def soft_prompt_length(self) -> int:
         return self.config.num_virtual_tokens
 
-    def prompt_weight(self) -> torch.Tensor:
-        """Soft prompts in the adapter's dtype: `(L, 2, S, kv_heads, head_dim)` for "kv", `(S, d)` for "embedding"."""
-        return self.confu_prompts[self._current()]()
+    def prompt_weight(self, adapter_name: str | None = None) -> torch.Tensor:
+        """Soft prompts in the adapter's dtype: `(L, 2, S, kv_heads, head_dim)` for "kv", `(S, d)` for "embedding".
 
-    def contemplate_embedding(self, features: torch.Tensor) -> torch.Tensor:
+        `adapter_name`: None = the active one, here and below.
+        """
+        return self.confu_prompts[adapter_name or self._current()]()
+
+    def contemplate_embedding(self, features: torch.Tensor, adapter_name: str | None = None) -> torch.Tensor:
         """Features `(..., 3 d)` -> input embedding of the contemplate token `(..., d)`, in the dtype of `features`."""
-        return self(features)
+        return self(features, adapter_name)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        name = self._current()
+    def forward(self, features: torch.Tensor, adapter_name: str | None = None) -> torch.Tensor:
+        name = adapter_name or self._current()
         top_k = self.configs[name].num_experts_per_token
         mixed = mix_experts(features, self.confu_router[name](), self.confu_experts[name](), top_k)
         return mixed.to(features.dtype)

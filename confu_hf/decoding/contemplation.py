@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapter.layer import ConFuLayer
-from ..experts import mix_experts
 from ..target.passes import Verified
 from ..target.soft_prompts import soft_prompt_key_values
 from ..tree.draft_tree import DraftTree
@@ -30,7 +29,7 @@ class Contemplator:
 
     def soft_prompts(self) -> Tensor:
         """`(L, 2, S, kv_heads, head_dim)`, keys and values that contemplate tokens see in front of everything."""
-        weight = self.layer.confu_prompts[self.adapter_name]()
+        weight = self.layer.prompt_weight(self.adapter_name)
         kind = self.layer.configs[self.adapter_name].soft_prompt_type
         return weight if kind == "kv" else soft_prompt_key_values(self.target, weight)
 
@@ -40,9 +39,7 @@ class Contemplator:
 
     def embedding(self, features: Tensor) -> Tensor:
         """`(B, 3 d)`, features of the newest known position -> `(B, d)`, the input of all contemplate tokens."""
-        name, config = self.adapter_name, self.layer.configs[self.adapter_name]
-        router, experts = self.layer.confu_router[name](), self.layer.confu_experts[name]()
-        return mix_experts(features, router, experts, config.num_experts_per_token).to(features.dtype)
+        return self.layer.contemplate_embedding(features, self.adapter_name)
 
     def future(
         self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance
