@@ -75,6 +75,12 @@ def answer_lengths(rows: Dataset | Iterable[dict[str, Any]]) -> list[int]:
     return [sum(label != IGNORED for label in labels) for labels in column]
 
 
+def total_lengths(rows: Dataset | Iterable[dict[str, Any]]) -> list[int]:
+    """Tokens of each of the rows, prompts included."""
+    column = rows["input_ids"] if isinstance(rows, Dataset) else (row["input_ids"] for row in rows)
+    return [len(input_ids) for input_ids in column]
+
+
 class ConversationCollator:
     """Pads on the right to the longest sequence of the batch.
 
