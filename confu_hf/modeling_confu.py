@@ -28,6 +28,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_confu import ConFuConfig
+from .errors import refusal
 from .experts import ExpertMixture
 
 
@@ -193,14 +194,18 @@ class ConFuDraftModel(PreTrainedModel):
         """
         token_ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.d2t.device).unique()
         if token_ids.numel() != self.config.draft_vocab_size:
-            raise ValueError(
-                f"set_draft_vocabulary: got {token_ids.numel()} distinct token ids, expected "
-                f"draft_vocab_size={self.config.draft_vocab_size}."
+            raise refusal(
+                "set_draft_vocabulary",
+                got=f"{token_ids.numel()} distinct token ids",
+                expected=f"draft_vocab_size={self.config.draft_vocab_size}",
+                fix="Pass as many ids as the draft's head has rows.",
             )
         if token_ids[0] < 0 or token_ids[-1] >= self.config.vocab_size:
-            raise ValueError(
-                f"set_draft_vocabulary: got token ids from {token_ids[0]} to {token_ids[-1]}, expected ids in "
-                f"[0, vocab_size={self.config.vocab_size}). Take them from this target's tokenizer."
+            raise refusal(
+                "set_draft_vocabulary",
+                got=f"token ids from {token_ids[0]} to {token_ids[-1]}",
+                expected=f"ids in [0, vocab_size={self.config.vocab_size})",
+                fix="Take them from this target's tokenizer.",
             )
         self.d2t.copy_(token_ids - torch.arange(token_ids.numel(), device=token_ids.device))
         self.t2d.zero_().index_fill_(0, token_ids, True)

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from confu_hf.errors import refusal
+
 SHAPES = "a string `prompt`, a list `messages` of role/content, or a list of strings `turns` (the first is used)"
 
 
@@ -114,12 +116,15 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected one JSON object a line, got {line[:80]!r}"
-                ) from error
+                raise _no_object(path, number, line) from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}")
+                raise _no_object(path, number, line)
             yield row
+
+
+def _no_object(path: Path, number: int, line: str) -> ValueError:
+    got, expected = repr(line[:80]), "one JSON object a line"
+    return refusal(f"{path}, line {number}", got=got, expected=expected, fix="Write it as JSON lines.")
 
 
 def _read_dataset(name: str) -> Iterator[dict[str, Any]]:
@@ -146,7 +151,7 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
     else:
-        raise ValueError(f"{where}: expected {SHAPES}, got the fields {sorted(row)}")
+        raise refusal(where, got=f"the fields {sorted(row)}", expected=SHAPES, fix="Rename the field of the prompt.")
     if not messages or not messages[-1]["content"].strip():
-        raise ValueError(f"{where}: the prompt is empty")
+        raise refusal(where, got="an empty prompt", expected="some text", fix="Leave the row out.")
     return messages

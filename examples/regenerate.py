@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confu_hf.acceleration.packing import PACK_LIMIT_BYTES, PackedLinears
+from confu_hf.errors import refusal
 from confu_hf.training.overlap import OverlapIndex, normalised_text
 from confu_hf.training.regeneration import MAX_PREFILL_TOKENS, Answer, Regenerator, Request
 
@@ -99,8 +100,11 @@ def answered(output: Path) -> tuple[set[str], set[str]]:
                 ids.add(row["id"])
                 keys.add(prompt_key(row["messages"][:-1]))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{output}, line {number}: expected an answer of this script, got {line[:80]!r}"
+                raise refusal(
+                    f"{output}, line {number}",
+                    got=repr(line[:80]),
+                    expected="an answer of this script",
+                    fix="Give --output another file.",
                 ) from error
             good += len(line)
     if good < output.stat().st_size:

@@ -360,9 +360,9 @@ def test_contemplate_context_refuses_dropped_rows_and_wrong_prompts():
     model, ids = tiny_mistral(), prompt_ids()
     users = DynamicCache(config=model.config)
     prefill(model, ids, users, LAYER_IDS)
-    with pytest.raises(ValueError, match="holds 5 of 11 tokens.*without a config"):
+    with pytest.raises(ValueError, match="got 5 of 11 tokens.*without a config"):
         ContemplateContext(users)
-    with pytest.raises(ValueError, match="for 3 layers, expected 8"):
+    with pytest.raises(ValueError, match="got 3 layers, expected 8"):
         whole = DynamicCache()
         prefill(model, ids, whole, LAYER_IDS)
         ContemplateContext(whole, soft_prompts())

@@ -137,14 +137,17 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path):
     assert sorted(orders[0]) == list(range(len(SEQUENCES))) == sorted(orders[1]) and len(sampler) == len(SEQUENCES)
 
 
-def test_batches_are_of_one_answer_length(tmp_path):
+@pytest.mark.parametrize("stored", [True, False])
+def test_batches_are_of_one_length(tmp_path, stored):
+    """Of one answer length where a store spares the target its pass, else of one total length."""
     trainer = make_trainer(tmp_path, False, per_device_train_batch_size=2)
-    # Long prompts with short answers, short prompts with long ones; by total length they would be mixed.
+    trainer.model.teacher.store = object() if stored else None
+    # Long prompts with short answers, short prompts with long ones: each length mixes what the other one keeps apart.
     trainer.train_dataset = conversations(*[(20, 24), (3, 25), (21, 26), (4, 27)] * 4)
-    answers = [length - prompt for prompt, length in [(20, 24), (3, 25), (21, 26), (4, 27)] * 4]
+    lengths = [length - prompt if stored else length for prompt, length in [(20, 24), (3, 25), (21, 26), (4, 27)] * 4]
     sampler = trainer._get_train_sampler()
-    assert sampler.sampler.lengths == answers and sampler.sampler.batch_size == 2
-    batches = [[answers[row] for row in pair] for pair in zip(*[iter(sampler)] * 2, strict=True)]
+    assert sampler.sampler.lengths == lengths and sampler.sampler.batch_size == 2
+    batches = [[lengths[row] for row in pair] for pair in zip(*[iter(sampler)] * 2, strict=True)]
     # All but the one that the longest answer was swapped into, to come first, and the one that it came from.
     assert sum(abs(first - second) < 3 for first, second in batches) >= 6
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ..compat import CacheLayerMixin
+from ..errors import refusal
 
 
 class _ContextLayer(CacheLayerMixin):
@@ -53,17 +54,21 @@ class ContemplateContext(Cache):
     def __init__(self, context: Cache, soft_prompts: Tensor | None = None) -> None:
         num_layers = len(context.layers)
         if soft_prompts is not None and soft_prompts.shape[0] != num_layers:
-            raise ValueError(
-                f"Got soft prompts for {soft_prompts.shape[0]} layers, expected {num_layers}. "
-                "Use an adapter made for this target (config.num_hidden_layers)."
+            raise refusal(
+                "Soft prompts",
+                got=f"{soft_prompts.shape[0]} layers",
+                expected=num_layers,
+                fix="Use an adapter made for this target (config.num_hidden_layers).",
             )
         layers = []
         for i, layer in enumerate(context.layers):
             stored = 0 if layer.keys is None else layer.keys.shape[2]
             if stored != layer.get_seq_length():
-                raise ValueError(
-                    f"Layer {i} of the context holds {stored} of {layer.get_seq_length()} tokens (sliding window). "
-                    "Run the context pass with a DynamicCache(), without a config, or a TreeCache."
+                raise refusal(
+                    f"Layer {i} of the context of contemplate tokens",
+                    got=f"{stored} of {layer.get_seq_length()} tokens (sliding window)",
+                    expected="all of them",
+                    fix="Run the context pass with a DynamicCache(), without a config, or a TreeCache.",
                 )
             layers.append(_ContextLayer(layer.keys, layer.values, None if soft_prompts is None else soft_prompts[i]))
         super().__init__(layers=layers)

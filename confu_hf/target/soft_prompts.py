@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .. import compat
+from ..errors import refusal
 
 
 def soft_prompt_key_values(model: PreTrainedModel, embeddings: Tensor) -> Tensor:
@@ -28,7 +29,9 @@ def soft_prompt_key_values(model: PreTrainedModel, embeddings: Tensor) -> Tensor
 def check_no_checkpointing(model: PreTrainedModel) -> None:
     # Asked of the layers themselves: the model's own property is renamed between versions of Transformers.
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ValueError(
-            "The target has gradient checkpointing on and is in training mode; its layers then drop the cache that "
-            "contemplate tokens read. Call model.eval() on the target, or model.gradient_checkpointing_disable()."
+        raise refusal(
+            "Contemplation",
+            got="a target in training mode with gradient checkpointing, whose layers drop the cache that it reads",
+            expected="one whose layers keep it",
+            fix="Call model.eval() on the target, or model.gradient_checkpointing_disable().",
         )

@@ -12,6 +12,8 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import refusal
+
 IGNORED = -100
 
 
@@ -55,9 +57,11 @@ def load_conversations(
     suffix = data_files[0].removesuffix(".gz").rsplit(".", 1)[-1]
     raw = load_dataset({"jsonl": "json"}.get(suffix, suffix), data_files=data_files, split="train")
     if "messages" not in raw.column_names:
-        raise ValueError(
-            f"{data_files}: got columns {raw.column_names}, expected `messages`; "
-            "make answers with examples/regenerate.py."
+        raise refusal(
+            str(data_files),
+            got=f"columns {raw.column_names}",
+            expected="`messages`",
+            fix="Make answers with examples/regenerate.py.",
         )
 
     def convert(example: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +77,12 @@ def answer_lengths(rows: Dataset | Iterable[dict[str, Any]]) -> list[int]:
     """Answer tokens of each of the rows."""
     column = rows["labels"] if isinstance(rows, Dataset) else (row["labels"] for row in rows)
     return [sum(label != IGNORED for label in labels) for labels in column]
+
+
+def total_lengths(rows: Dataset | Iterable[dict[str, Any]]) -> list[int]:
+    """Tokens of each of the rows, prompts included."""
+    column = rows["input_ids"] if isinstance(rows, Dataset) else (row["input_ids"] for row in rows)
+    return [len(input_ids) for input_ids in column]
 
 
 class ConversationCollator:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..errors import refusal
 from .data import IGNORED
 
 
@@ -28,9 +29,11 @@ class DraftRows:
         answer = F.pad(labels != IGNORED, (0, steps + 2))  # (B, N + steps + 2)
         is_row = answer[:, 1 : length + 1] & answer[:, 2 : length + 2]
         if not is_row.any():
-            raise ValueError(
-                f"labels: got no answer of two tokens or more in {batch} sequences, expected one at least. "
-                "Leave such sequences out (load_conversations does), or raise max_length if it cuts the answers off."
+            raise refusal(
+                "labels",
+                got=f"no answer of two tokens or more in {batch} sequences",
+                expected="one at least",
+                fix="Leave such sequences out (load_conversations does), or raise max_length if it cuts answers off.",
             )
         starts, exists = rows_in_front(is_row)
         starts = torch.where(exists, starts, starts[:, :1])  # padding rows stay in range and are never used

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from ..errors import refusal
+
 
 class FeatureStore:
     """Memory-mapped rows per sequence, filled as training goes.
@@ -64,9 +66,11 @@ class FeatureStore:
         if path.exists():
             found = json.loads(path.read_text())
             if found != identity:
-                raise ValueError(
-                    f"{path.parent} holds target features of {found}, expected {identity}. "
-                    "Give --feature_store another folder, or delete this one."
+                raise refusal(
+                    f"The target features in {path.parent}",
+                    got=found,
+                    expected=identity,
+                    fix="Give --feature_store another folder, or delete this one.",
                 )
         path.write_text(json.dumps(identity))
 

@@ -23,7 +23,7 @@ from ..adapter.attachment import LooseAdapter
 from ..compat import multiplies_bfloat16
 from ..errors import refusal
 from ..hub.pair import read_pair, write_pair
-from .data import answer_lengths
+from .data import answer_lengths, total_lengths
 from .losses import LossTerms
 from .module import ConFuForTraining
 from .optimizer import MuonAdamW
@@ -106,11 +106,14 @@ class ConFuTrainer(Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
-        # By the length of the answers: their rows, not the prompt's, are what a step costs. All that one step of the
-        # optimizer sees, in all processes, is of one length.
-        args = self.args
+        # By what a step costs. The target reads prompts too, and padding is as dear to it as text: one total length.
+        # With a store it seldom runs, and the rows of the answers are all that counts.
+        # All that one step of the optimizer sees, in all processes, is of one length.
+        rows, args = train_dataset or self.train_dataset, self.args
+        stored = self.accelerator.unwrap_model(self.model).teacher.store is not None
+        lengths = answer_lengths(rows) if stored else total_lengths(rows)
         group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        sampler = LengthGroupedSampler(group, lengths=answer_lengths(train_dataset or self.train_dataset))
+        sampler = LengthGroupedSampler(group, lengths=lengths)
         return EpochOrder(sampler, args.seed if args.data_seed is None else args.data_seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

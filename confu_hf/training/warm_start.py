@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import refusal
 from ..modeling_confu import ConFuDraftModel
 from ..target.weights import head_rows, last_norm_weight, layer_weights
 
@@ -75,8 +76,10 @@ def warm_start_from_eagle3(draft: ConFuDraftModel, eagle3: ConFuDraftModel) -> N
     missing, unexpected = draft.load_state_dict(eagle3.state_dict(), strict=False)
     foreign = [name for name in missing if not name.startswith("future_")]
     if foreign or unexpected:
-        raise ValueError(
-            f"EAGLE-3 checkpoint: got unexpected weights {unexpected} and no {foreign}, expected those of this "
-            "draft's geometry. Create the ConFu draft from the EAGLE-3 checkpoint's config."
+        raise refusal(
+            "EAGLE-3 checkpoint",
+            got=f"unexpected weights {unexpected} and no {foreign}",
+            expected="those of this draft's geometry",
+            fix="Create the ConFu draft from the EAGLE-3 checkpoint's config.",
         )
     draft.future_fc.weight.copy_(draft.fc.weight)
