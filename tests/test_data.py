@@ -97,7 +97,7 @@ def test_an_answer_that_the_cut_leaves_too_short_is_left_out(tokenizer, tmp_path
 def test_files_without_messages_are_refused(tokenizer, tmp_path):
     path = tmp_path / "prompts.jsonl"
     Dataset.from_list([{"prompt": "a"}]).to_json(path)
-    with pytest.raises(ValueError, match=r"got columns \['prompt'\], expected `messages`; make answers with"):
+    with pytest.raises(ValueError, match=r"got columns \['prompt'\], expected `messages`. Make answers with"):
         load_conversations([str(path)], tokenizer, max_length=8, eos_token_id=END)
 
 

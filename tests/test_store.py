@@ -130,7 +130,7 @@ def test_bits_survive(tmp_path):
     [
         (
             {"fingerprint": "other"},
-            r"holds target features of .*tiny bf16.*, expected .*other.*another folder, or delete",
+            r"The target features in .*: got .*tiny bf16.*, expected .*other.*another folder, or delete",
         ),
         ({"width": 64}, "'width': 32.*expected.*'width': 64"),
         ({"lengths": [16, 12, 15]}, "'lengths_sum': 42.*expected.*'lengths_sum': 43"),

@@ -95,5 +95,5 @@ def test_the_store_is_for_these_layers_and_this_data(tmp_path):
     first = module(**batch)["loss"]
     assert store.holds(torch.arange(3)) and store.states.shape[1] == 3 * 32
     torch.testing.assert_close(module(**batch)["loss"], first, rtol=1e-2, atol=0)
-    with pytest.raises(ValueError, match="holds target features of"):
+    with pytest.raises(ValueError, match="The target features in"):
         open_store(str(tmp_path), target, draft, ROWS[:2], name="tiny", store_caches=False)
