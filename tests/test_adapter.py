@@ -224,7 +224,7 @@ def test_injection_callbacks_get_the_target(monkeypatch):
         ({"num_experts": 2.0}, "got num_experts=2.0, expected an integer of at least 1"),
         ({"num_experts_per_token": 9}, "got num_experts_per_token=9, expected at most num_experts=8"),
         ({"head_dim": -1}, "got head_dim=-1, expected an integer of at least 1, or None"),
-        ({"target_layer_ids": [3, 2, 1]}, r"got target_layer_ids=\[3, 2, 1\], expected three increasing"),
+        ({"target_layer_ids": [3, 2, 1]}, r"got target_layer_ids=\[3, 2, 1\], expected increasing"),
     ],
 )
 def test_config_refuses_nonsense(fields, message):

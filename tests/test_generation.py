@@ -431,6 +431,31 @@ def test_stats_count_what_happened():
         stats.rounds = 0
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("contemplate", [True, False])
+def test_targets_of_few_layers(layers, contemplate):
+    """Fewer than three features; layers are read as early, in the middle and as late as they can be."""
+    model = tiny_llama(num_hidden_layers=layers)
+    expected = model.generate(PROMPT, do_sample=False, **LENGTHS)
+    assistant = make_oracle(model, contemplate=contemplate)
+    assert len(assistant.config.target_layer_ids) == min(layers, 3)
+    got = model.generate(PROMPT, do_sample=False, assistant_model=assistant, **LENGTHS)
+    assert got.tolist() == expected.tolist()
+
+
+# Not the ones with sliding windows: plain decoding drops what is out of the window, we mask it, and sums differ in order.
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "olmo2", "granite"])
+def test_a_round_of_the_root_alone_is_a_step_of_plain_decoding(name):
+    """Without contemplate tokens it needs no mask, and what the target says is bit for bit what it says itself."""
+    model = ARCHITECTURES[name](dtype=torch.float32)
+    assistant = make_assistant(model, contemplate=False)
+    arguments = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **LENGTHS}
+    expected = model.generate(PROMPT, **arguments)
+    got = model.generate(PROMPT, assistant_model=assistant, total_tokens=0, pack_weights=False, **arguments)
+    assert got.sequences.tolist() == expected.sequences.tolist()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got.logits, expected.logits, strict=True))
+
+
 def test_no_drafted_tokens_is_plain_decoding():
     model = tiny_llama()
     assistant = make_assistant(model)

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers import PreTrainedConfig
 
-from ..configuration_confu import ConFuConfig
+from ..configuration_confu import TargetGeometry, default_layer_ids
 from ..errors import refusal
 from .checksum import CHECKSUM
 
@@ -41,7 +41,7 @@ class ConFuAdapterConfig(PeftConfig):
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Of the target's attention."})
     head_dim: int | None = field(default=None, metadata={"help": "Of the target's attention."})
     target_layer_ids: list[int] | None = field(
-        default=None, metadata={"help": "The three layers whose entering hidden states are the features."}
+        default=None, metadata={"help": "The layers whose entering hidden states are the features."}
     )
     weights_sha256: str | None = field(
         default=None,
@@ -65,10 +65,8 @@ class ConFuAdapterConfig(PeftConfig):
         if self.target_layer_ids is not None:
             self.target_layer_ids = list(self.target_layer_ids)
             ids, layers = self.target_layer_ids, self.target_num_hidden_layers
-            if len(ids) != 3 or sorted(set(ids)) != ids or ids[0] < 0 or (layers is not None and ids[-1] >= layers):
-                self._refuse(
-                    "target_layer_ids", f"three increasing layer indices below {layers or 'the number of layers'}"
-                )
+            if not ids or sorted(set(ids)) != ids or ids[0] < 0 or (layers is not None and ids[-1] >= layers):
+                self._refuse("target_layer_ids", f"increasing layer indices below {layers or 'the number of layers'}")
 
     def to_dict(self) -> dict[str, Any]:
         """Without the checksum: it is of one file, and whoever writes another one has to take it anew."""
@@ -94,7 +92,7 @@ class ConFuAdapterConfig(PeftConfig):
         return {
             "confu_prompts": per_layer if kv else (self.num_virtual_tokens, width),
             "confu_experts": (self.num_experts, width),
-            "confu_router": (self.num_experts, 3 * width),
+            "confu_router": (self.num_experts, len(self.target_layer_ids) * width),
         }
 
     def fit(self, target_config: PreTrainedConfig) -> None:
@@ -111,7 +109,7 @@ class ConFuAdapterConfig(PeftConfig):
         for name, expected in geometry.items():
             setattr(self, name, expected)
         if self.target_layer_ids is None:
-            self.target_layer_ids = list(ConFuConfig.from_target_config(target_config).target_layer_ids)
+            self.target_layer_ids = default_layer_ids(self.target_num_hidden_layers)
         self.__post_init__()
 
 
@@ -120,19 +118,11 @@ def _is_positive_int(value: object) -> bool:
 
 
 def target_geometry(target_config: PreTrainedConfig) -> dict[str, int]:
-    """What an adapter's shapes depend on, read from a target's config."""
-    text = target_config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None)
-    if heads is None or getattr(text, "num_hidden_layers", None) is None:
-        raise refusal(
-            "A ConFu adapter needs an attention-based target",
-            got=f"a {text.model_type} config without num_attention_heads or num_hidden_layers",
-            expected="a decoder-only Transformer",
-            fix="Use another target.",
-        )
+    """What an adapter's shapes depend on, by the names of its own fields."""
+    geometry = TargetGeometry.of(target_config)
     return {
-        "target_hidden_size": text.hidden_size,
-        "target_num_hidden_layers": text.num_hidden_layers,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "target_hidden_size": geometry.hidden_size,
+        "target_num_hidden_layers": geometry.num_hidden_layers,
+        "num_key_value_heads": geometry.num_key_value_heads,
+        "head_dim": geometry.head_dim,
     }

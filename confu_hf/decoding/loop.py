@@ -134,7 +134,7 @@ class Decoder:
             tree,
             nodes,
             slot_position_ids=self.cache.slot_position_ids,
-            soft_prompt_length=self.cache.soft_prompt_length,
+            soft_prompt_length=self.cache.soft_prompt_length if nodes.shape[1] else 0,
             lengths=self.cache.lengths,
             root_places=self.cache.next_positions(),
             position_offset=state.position_offset,

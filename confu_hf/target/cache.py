@@ -32,11 +32,13 @@ class Slots:
         index: `(B, W)` long, the slot of every row.
         start: the first slot, where all batch rows write to `start .. start + W - 1`; None = they differ.
         visible: the pass sees the slots `0 .. visible - 1`.
+        soft_prompts: it sees the soft prompts as well, in front.
     """
 
     index: Tensor
     start: int | None
     visible: int
+    soft_prompts: bool = True
 
 
 class TreeLayer(CacheLayerMixin):
@@ -142,7 +144,7 @@ class TreeLayer(CacheLayerMixin):
             self._write_soft_prompt()
 
     def write(self, key_states: Tensor, value_states: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Write rows without committing them; returns `[S | slots 0 .. visible - 1]` of keys and values, views."""
+        """Write rows without committing them; returns what `slots` shows of keys and values, views."""
         if key_states.requires_grad and torch.is_grad_enabled():
             raise refusal(
                 "TreeCache, which stores keys and values without gradient,",
@@ -162,7 +164,7 @@ class TreeLayer(CacheLayerMixin):
                 index = slots.index.to(buffer.device)
                 index = torch.where(index < 0, buffer.shape[2] - 1 - front, index)  # the spare slot
                 buffer[rows, :, front + index] = states.transpose(1, 2)  # (B, W, kv_heads, head_dim)
-        return self._view(-front, slots.visible)
+        return self._view(-front if slots.soft_prompts else 0, slots.visible)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Commit new tokens, as many for every batch row; returns committed and new ones, without the soft prompts."""
@@ -242,7 +244,7 @@ class TreeCache(Cache):
     """The layers of a target, addressed by slots. For inference: no gradients.
 
     Outside [`writing`] it is an ordinary cache: `update()` appends to rows of one length and returns the tokens so far.
-    Inside, `update()` writes where it is told, returns `[S | slots so far]`, and commits nothing. Every layer keeps all
+    Inside, `update()` writes where it is told, returns what it is told, and commits nothing. Every layer keeps all
     tokens (`is_sliding` is False); sliding windows are a matter of the mask.
 
     Attributes:
@@ -296,7 +298,7 @@ class TreeCache(Cache):
         for layer in self.layers:
             layer.reserve(slots)
 
-    def slots_behind(self, width: int, offset: int = 0, batch_size: int = 1) -> Slots:
+    def slots_behind(self, width: int, offset: int = 0, batch_size: int = 1, soft_prompts: bool = True) -> Slots:
         """The `width` slots behind the committed ones of each batch row, `offset` further on.
 
         `batch_size` matters before the first pass only.
@@ -304,11 +306,11 @@ class TreeCache(Cache):
         lengths = self.lengths or [0] * batch_size
         steps = torch.arange(offset, offset + width)
         start = lengths[0] + offset if len(set(lengths)) == 1 else None
-        return Slots(torch.tensor(lengths)[:, None] + steps, start, max(lengths) + offset + width)
+        return Slots(torch.tensor(lengths)[:, None] + steps, start, max(lengths) + offset + width, soft_prompts)
 
     @contextmanager
     def writing(self, slots: Slots) -> Iterator[TreeCache]:
-        """Within it, `update()` writes rows to `slots` and shows the soft prompts, and nothing is committed."""
+        """Within it, `update()` writes rows to `slots` and shows what they show; nothing is committed."""
         self._slots, self._written = slots, slots.index.shape[1]
         try:
             yield self

@@ -109,15 +109,14 @@ def verify(
     if num_contemplate:
         contemplate = contemplate_embedding.to(embeds)[:, None].expand(-1, num_contemplate, -1)
         embeds = torch.cat([embeds, contemplate], dim=1)  # (B, Q, d)
-    mask = model_mask(
-        model.config.get_text_config(decoder=True),
-        layout.mask,
-        layout.places,
-        layout.key_places,
-        embeds.dtype,
-    )
+    config = model.config.get_text_config(decoder=True)
+    mask = None
+    if embeds.shape[1] > 1 or not bool(layout.mask.all()):
+        mask = model_mask(config, layout.mask, layout.places, layout.key_places, embeds.dtype)
+    # Without one the root alone is a plain decoding step, which models do without copies of keys and values.
     # The whole ...ForCausalLM, not its parts: soft-capping, logit scaling and adapters stay where they are.
-    with cache.writing(cache.slots_behind(layout.mask.shape[1])):
+    slots = cache.slots_behind(layout.mask.shape[1], soft_prompts=layout.soft_prompt_length > 0)
+    with cache.writing(slots):
         output = model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -145,12 +144,14 @@ def _check_layout(layout: VerifyLayout, contemplate_embedding: Tensor | None, ca
             expected="the embedding of the contemplate tokens",
             fix="Pass the adapter's contemplate embedding, or a layout without contemplate nodes.",
         )
-    slots = cache.soft_prompt_length + cache.get_seq_length() + layout.mask.shape[1]
-    if layout.mask.shape[2] != slots or layout.soft_prompt_length != cache.soft_prompt_length:
+    # Nodes alone may do without the soft prompts, which they do not see.
+    prompts = cache.soft_prompt_length if count or layout.soft_prompt_length else 0
+    slots = prompts + cache.get_seq_length() + layout.mask.shape[1]
+    if layout.mask.shape[2] != slots or layout.soft_prompt_length != prompts:
         raise refusal(
             "verify",
             got=f"a layout for {layout.soft_prompt_length} soft prompts and {layout.mask.shape[2]} slots",
-            expected=f"{cache.soft_prompt_length} and {slots}, the cache's",
+            expected=f"{prompts} and {slots}, the cache's",
             fix="Make the layout for this cache.",
         )
 
