@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..metrics import acceptance_by_depth, mean_accepted_length
+
 PHASES = ("policy", "draft", "verify", "accept", "cache")
 
 
@@ -100,16 +102,13 @@ class Tally:
     def stats(self, new_tokens: int) -> GenerationStats:
         """What is shown to the user."""
         paths = [count for record in self.records for count in record.accepted if count]
-        # A path of 3 rows is the root and two drafted tokens: it reached depth 2.
-        deepest = max(paths, default=1) - 1
-        by_depth = tuple(sum(length > d for length in paths) / len(paths) for d in range(1, deepest + 1))
         seconds = {name: sum(record.seconds[name] for record in self.records) for name in PHASES}
         elapsed = time.perf_counter() - self.started
         return GenerationStats(
             new_tokens=new_tokens,
             rounds=len(self.records),
-            mean_accepted_length=sum(paths) / len(paths) if paths else float("nan"),
-            acceptance_by_depth=by_depth,
+            mean_accepted_length=mean_accepted_length(paths),
+            acceptance_by_depth=acceptance_by_depth(paths),
             verified_nodes=sum(record.nodes * len(record.accepted) for record in self.records),
             contemplate_tokens=sum(record.contemplate_tokens * len(record.accepted) for record in self.records),
             seconds_draft=seconds["draft"],
