@@ -43,6 +43,23 @@ def test_equal_to_the_plain_layer_up_to_rounding(dtype, bias, shape):
     torch.testing.assert_close(got, layer(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@torch.no_grad()
+def test_single_rows_may_go_the_plain_way():
+    layer, rows = linear(), torch.randn(9, 48)
+    packed = pack(layer)
+    assert set(packed.plain_rows.values()) <= {1}
+    calls = []
+    for plain_rows in ({}, {(80, 48): 1}):
+        packed.plain_rows = plain_rows
+        with packed.active(), torch.profiler.profile() as profile:
+            got = [layer(rows[:1]), layer(rows)]
+        calls.append([event.key for event in profile.key_averages() if "linear" in event.key])
+        torch.testing.assert_close(got[0], layer(rows[:1]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[1], layer(rows), rtol=1e-5, atol=1e-5)
+    assert "aten::linear" not in calls[0] and "aten::linear" in calls[1]
+    assert all("mkldnn::_linear_pointwise" in kinds for kinds in calls)
+
+
 @no_bfloat16
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()

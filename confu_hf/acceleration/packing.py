@@ -7,6 +7,7 @@ When to pack is the caller's business: once before decoding, again when `is_stal
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,8 @@ from ..compat import has_bfloat16_kernels
 MIN_ELEMENTS = 2**17
 # With more rows (prefill) the product itself dominates, and its plain form is bit-identical to plain decoding.
 MAX_ROWS = 64
+# How single rows are measured: over so many layers of a shape, so many times.
+MEASURED_LAYERS, MEASURED_TIMES = 8, 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class PackedLinears:
 
     Taken are plain `nn.Linear`s with float32 or bfloat16 weights on the CPU. Subclasses (quantized layers), modules
     with a `forward` of their own (accelerate hooks) and small weights are left alone. A weight that two modules
-    share is packed once. Results are those of `F.linear` up to rounding. `len()` is the number of layers packed.
+    share is packed once. Results are those of `F.linear` up to rounding. `len()` is the number of layers packed. Single
+    rows go the way that a short measurement finds cheaper on this processor: `plain_rows`, by shape.
 
     Args:
         modules: searched for linear layers, themselves included.
@@ -75,6 +79,29 @@ class PackedLinears:
                     weight.to(dtype or weight.dtype)
                 )
             self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight)))
+        self.plain_rows = {shape: 1 for shape in self._shapes() if self._one_row_is_cheaper_plain(shape)}
+
+    def _shapes(self) -> set[tuple[int, int]]:
+        return {tuple(packed.module.weight.shape) for packed in self._packed}
+
+    @torch.no_grad()
+    def _one_row_is_cheaper_plain(self, shape: tuple[int, int]) -> bool:
+        """Measured: processors differ in it. Several layers in turn, so that no weight stays in their caches."""
+        layers = [packed for packed in self._packed if tuple(packed.module.weight.shape) == shape][:MEASURED_LAYERS]
+        calls = [
+            [_forward(packed, self.max_rows, rows) for packed in layers]
+            for rows in (1, 0)  # one row plain, and packed
+        ]
+        weight = layers[0].module.weight
+        row = torch.zeros(1, shape[1], dtype=weight.dtype)
+        seconds = [[], []]
+        for _ in range(MEASURED_TIMES):
+            for kind, forwards in enumerate(calls):
+                start = time.perf_counter()
+                for forward in forwards:
+                    forward(row)
+                seconds[kind].append(time.perf_counter() - start)
+        return min(seconds[0]) <= min(seconds[1])
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -95,7 +122,12 @@ class PackedLinears:
     def active(self) -> Iterator[PackedLinears]:
         """Within it the layers compute with their packed weights. Not for one model used by several threads."""
         used = [packed.module for packed in self._packed if "forward" not in packed.module.__dict__]
-        forwards = {id(packed.module): _forward(packed, self.max_rows) for packed in self._packed}
+        forwards = {
+            id(packed.module): _forward(
+                packed, self.max_rows, self.plain_rows.get(tuple(packed.module.weight.shape), 0)
+            )
+            for packed in self._packed
+        }
         try:
             for module in used:
                 module.__dict__["forward"] = forwards[id(module)]
@@ -135,14 +167,15 @@ def _checksum(weight: Tensor) -> Tensor:
     return torch.cat([*by_row, by_column])
 
 
-def _forward(packed: _Packed, max_rows: int) -> Callable[[Tensor], Tensor]:
+def _forward(packed: _Packed, max_rows: int, plain_rows: int = 0) -> Callable[[Tensor], Tensor]:
+    """The layer's computation; calls with up to `plain_rows` or more than `max_rows` rows use `F.linear`."""
     linear, weight = packed.module, packed.weight
     dtype, features = linear.weight.dtype, linear.in_features
     bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
 
     def forward(input: Tensor) -> Tensor:
         if (
-            input.numel() > max_rows * features
+            not plain_rows * features < input.numel() <= max_rows * features
             or input.dtype != dtype
             or (torch.is_grad_enabled() and (input.requires_grad or linear.weight.requires_grad))
             or torch.is_autocast_enabled("cpu")
