@@ -47,10 +47,10 @@ def test_equal_to_the_plain_layer_up_to_rounding(dtype, bias, shape):
 def test_single_rows_may_go_the_plain_way():
     layer, rows = linear(), torch.randn(9, 48)
     packed = pack(layer)
-    assert set(packed.plain_rows.values()) <= {1}
+    assert packed.plain_single_rows <= {(80, 48)}
     calls = []
-    for plain_rows in ({}, {(80, 48): 1}):
-        packed.plain_rows = plain_rows
+    for shapes in (set(), {(80, 48)}):
+        packed.plain_single_rows = shapes
         with packed.active(), torch.profiler.profile() as profile:
             got = [layer(rows[:1]), layer(rows)]
         calls.append([event.key for event in profile.key_averages() if "linear" in event.key])

@@ -44,7 +44,7 @@ class PackedLinears:
     Taken are plain `nn.Linear`s with float32 or bfloat16 weights on the CPU. Subclasses (quantized layers), modules
     with a `forward` of their own (accelerate hooks) and small weights are left alone. A weight that two modules
     share is packed once. Results are those of `F.linear` up to rounding. `len()` is the number of layers packed. Single
-    rows go the way that a short measurement finds cheaper on this processor: `plain_rows`, by shape.
+    rows go the way that a short measurement finds cheaper on this processor: `plain_single_rows`.
 
     Args:
         modules: searched for linear layers, themselves included.
@@ -79,29 +79,23 @@ class PackedLinears:
                     weight.to(dtype or weight.dtype)
                 )
             self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight)))
-        self.plain_rows = {shape: 1 for shape in self._shapes() if self._one_row_is_cheaper_plain(shape)}
-
-    def _shapes(self) -> set[tuple[int, int]]:
-        return {tuple(packed.module.weight.shape) for packed in self._packed}
+        shapes = {tuple(packed.module.weight.shape) for packed in self._packed}
+        self.plain_single_rows = {shape for shape in shapes if self._is_plain_cheaper_for_one_row(shape)}
 
     @torch.no_grad()
-    def _one_row_is_cheaper_plain(self, shape: tuple[int, int]) -> bool:
+    def _is_plain_cheaper_for_one_row(self, shape: tuple[int, int]) -> bool:
         """Measured: processors differ in it. Several layers in turn, so that no weight stays in their caches."""
         layers = [packed for packed in self._packed if tuple(packed.module.weight.shape) == shape][:MEASURED_LAYERS]
-        calls = [
-            [_forward(packed, self.max_rows, rows) for packed in layers]
-            for rows in (1, 0)  # one row plain, and packed
-        ]
-        weight = layers[0].module.weight
-        row = torch.zeros(1, shape[1], dtype=weight.dtype)
-        seconds = [[], []]
+        ways = {plain: [_forward(packed, self.max_rows, plain) for packed in layers] for plain in (True, False)}
+        row = torch.zeros(1, shape[1], dtype=layers[0].module.weight.dtype)
+        seconds = {True: [], False: []}
         for _ in range(MEASURED_TIMES):
-            for kind, forwards in enumerate(calls):
+            for plain, forwards in ways.items():
                 start = time.perf_counter()
                 for forward in forwards:
                     forward(row)
-                seconds[kind].append(time.perf_counter() - start)
-        return min(seconds[0]) <= min(seconds[1])
+                seconds[plain].append(time.perf_counter() - start)
+        return min(seconds[True]) <= min(seconds[False])
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -122,10 +116,9 @@ class PackedLinears:
     def active(self) -> Iterator[PackedLinears]:
         """Within it the layers compute with their packed weights. Not for one model used by several threads."""
         used = [packed.module for packed in self._packed if "forward" not in packed.module.__dict__]
+        plain = self.plain_single_rows
         forwards = {
-            id(packed.module): _forward(
-                packed, self.max_rows, self.plain_rows.get(tuple(packed.module.weight.shape), 0)
-            )
+            id(packed.module): _forward(packed, self.max_rows, tuple(packed.module.weight.shape) in plain)
             for packed in self._packed
         }
         try:
@@ -167,15 +160,16 @@ def _checksum(weight: Tensor) -> Tensor:
     return torch.cat([*by_row, by_column])
 
 
-def _forward(packed: _Packed, max_rows: int, plain_rows: int = 0) -> Callable[[Tensor], Tensor]:
-    """The layer's computation; calls with up to `plain_rows` or more than `max_rows` rows use `F.linear`."""
+def _forward(packed: _Packed, max_rows: int, plain_single_row: bool) -> Callable[[Tensor], Tensor]:
+    """The layer's computation; more than `max_rows` rows, and a single one if `plain_single_row`, use `F.linear`."""
     linear, weight = packed.module, packed.weight
     dtype, features = linear.weight.dtype, linear.in_features
     bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
 
     def forward(input: Tensor) -> Tensor:
         if (
-            not plain_rows * features < input.numel() <= max_rows * features
+            input.numel() > max_rows * features
+            or (plain_single_row and input.numel() == features)
             or input.dtype != dtype
             or (torch.is_grad_enabled() and (input.requires_grad or linear.weight.requires_grad))
             or torch.is_autocast_enabled("cpu")

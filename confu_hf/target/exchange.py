@@ -21,11 +21,8 @@ def import_cache(
     """Copy a DynamicCache or TreeCache. Rows dropped by sliding layers become zeros, out of every later window."""
     new = TreeCache(num_layers, soft_prompts, capacity)
     if len(cache.layers) > num_layers:
-        raise refusal(
-            "The cache that was passed in",
-            got=f"{len(cache.layers)} layers",
-            expected=f"at most {num_layers}, the model's",
-            fix="Pass a cache of this model.",
+        raise _misfit(
+            f"{len(cache.layers)} layers", f"at most {num_layers}, the model's", "Pass a cache of this model."
         )
     for source, layer in zip(cache.layers, new.layers, strict=False):
         _check_layer(source)
@@ -39,12 +36,7 @@ def export_cache(source: TreeCache, cache: Cache) -> None:
     while len(cache.layers) < len(source.layers) and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) != len(source.layers):
-        raise refusal(
-            "The cache that was passed in",
-            got=f"{len(cache.layers)} layers",
-            expected=f"{len(source.layers)}, the model's",
-            fix="Use DynamicCache().",
-        )
+        raise _misfit(f"{len(cache.layers)} layers", f"{len(source.layers)}, the model's", "Use DynamicCache().")
     for layer, target in zip(source.layers, cache.layers, strict=True):
         _check_layer(target)
         if layer.is_initialized:
@@ -53,12 +45,11 @@ def export_cache(source: TreeCache, cache: Cache) -> None:
 
 def _check_layer(layer: object) -> None:
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, TreeLayer):
-        raise refusal(
-            "The cache that was passed in",
-            got=f"a {type(layer).__name__}",
-            expected="the plain layers of a DynamicCache",
-            fix="Pass a DynamicCache().",
-        )
+        raise _misfit(f"a {type(layer).__name__}", "the plain layers of a DynamicCache", "Pass a DynamicCache().")
+
+
+def _misfit(got: str, expected: str, fix: str) -> ValueError:
+    return refusal("The cache that was passed in", got=got, expected=expected, fix=fix)
 
 
 def _export_layer(layer: TreeLayer, target: DynamicLayer | TreeLayer) -> None:
