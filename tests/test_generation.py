@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from assisted_calls import CACHE_NAMES
+from oracles import make_assistant, make_oracle
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -32,56 +33,6 @@ from confu_hf.decoding.policy import FixedPolicy, RoundPlan
 
 PROMPT = torch.tensor([[5, 17, 33, 8, 61, 12, 90, 44, 23, 7, 3]])
 LENGTHS = {"max_new_tokens": 32, "pad_token_id": 0}
-
-
-def make_assistant(model, assistant_class=ConFuAssistant, **config) -> ConFuAssistant:
-    """An untrained pair whose every weight matters (fresh ones keep the future token's skip connection at zero)."""
-    assistant = assistant_class.from_target(model, draft_vocab_size=VOCAB_SIZE, **config)
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        for parameter in [*assistant.parameters(), *getattr(model, "confu", torch.nn.Module()).parameters()]:
-            if parameter.ndim > 1:
-                parameter.data.normal_(0, 0.3)
-    return assistant
-
-
-class OracleDrafter(NetworkDrafter):
-    """Drafts with the target itself: its likeliest tokens, but the best two swapped at every third row of a layer.
-
-    The real draft runs along: its cache and masks are exercised.
-    """
-
-    def __init__(self, draft, target):
-        super().__init__(draft, target.get_input_embeddings())
-        self.target, self.steps = target, 0
-
-    def observe(self, state, rows):
-        super().observe(state, rows)
-        self.decided = [ids[:length].tolist() for ids, length in zip(state.input_ids, state.lengths, strict=True)]
-
-    def step(self, tokens, parents, top_k):
-        super().step(tokens, parents, top_k)
-        if parents is None:
-            self.paths, self.steps = [[ids] for ids in self.decided], 0
-        else:
-            self.paths = [
-                [paths[parent] + [token] for parent, token in zip(*row, strict=True)]
-                for paths, *row in zip(self.paths, parents.tolist(), tokens.tolist(), strict=True)
-            ]
-        self.steps += 1
-        logits = torch.stack([self.target(torch.tensor(paths)).logits[:, -1].float() for paths in self.paths])
-        log_probs, children = logits.log_softmax(-1).topk(top_k, dim=-1)
-        return (children.roll(1, dims=-1) if self.steps % 3 == 0 else children), log_probs
-
-
-class OracleAssistant(ConFuAssistant):
-    def new_drafter(self, target):
-        return OracleDrafter(self, target)
-
-
-def make_oracle(model, **config) -> ConFuAssistant:
-    """An assistant that is mostly right."""
-    return make_assistant(model, assistant_class=OracleAssistant, **config)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
