@@ -1,6 +1,7 @@
-"""What drafts: the `Drafter` that the loop asks for children, and the one that is a network.
+"""What drafts: the `Drafter` that the loop asks for a tree, and the one that is a network.
 
-A drafter is told what every round decided (`observe`), and grows the tree when it is asked (`step`). Rows that it was
+A drafter is told what every round decided (`observe`), and drafts when it is asked (`grow`; by default layer by layer, by
+`step`). Rows that it was
 told of wait until it drafts. Which nodes are expanded is decided in tree/growing.py; the network is modeling_confu.py's.
 """
 
@@ -14,13 +15,16 @@ from transformers import Cache, PreTrainedModel
 
 from ..modeling_confu import ConFuDraftModel
 from ..target.cache import Slots, TreeCache
+from ..tree.draft_tree import DraftTree, root_only
+from ..tree.growing import grow_tree
+from .policy import RoundPlan
 from .state import DecodingState, Rows
 
 MEMORY = "confu_draft_memory"  # the attribute of a cache
 
 
 class Drafter:
-    """Proposes tokens. A lookup table is one, so is an oracle in a test."""
+    """Proposes tokens, by `step` or by a `grow` of its own. A lookup table is one, so is an oracle in a test."""
 
     network: PreTrainedModel | None = None  # the module that drafts, if one does
 
@@ -37,6 +41,19 @@ class Drafter:
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
         """[`tree.growing.DraftStep`]; `parents` None starts a new tree."""
         raise NotImplementedError
+
+    def grow(self, state: DecodingState, plan: RoundPlan) -> DraftTree:
+        """The tree of a round: grown step by step, unless overridden. The root alone if nothing may be drafted."""
+        if plan.total_tokens == 0:
+            return root_only(state.roots)
+        return grow_tree(
+            self.step,
+            state.roots,
+            total_tokens=plan.total_tokens,
+            depth=plan.depth,
+            top_k=plan.top_k,
+            confidence_threshold=plan.confidence_threshold,
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from ..target.cache import TreeCache
 from ..target.exchange import export_cache, import_cache
 from ..target.passes import Verified, prefill, verify
 from ..tree.draft_tree import DraftTree, root_only
-from ..tree.growing import grow_tree
 from ..tree.layout import VerifyLayout, verify_layout
 from .acceptance import Acceptance, accept
 from .contemplation import Contemplator
@@ -102,7 +101,7 @@ class Decoder:
         with timed("policy"):
             plan = self.policy.plan(state, self.tally.records)
         with timed("draft"):
-            tree = self._draft(state, plan)
+            tree = self.drafter.grow(state, plan)
         with timed("verify"):
             layout = self._layout(tree, plan, state)
             verified = self._verify(layout, state)
@@ -113,18 +112,6 @@ class Decoder:
         nodes, contemplated = tree.tokens.shape[1], layout.contemplate_nodes.shape[1]
         self.tally.records.append(RoundRecord(acceptance.counts, nodes, contemplated, self.stopwatch.read()))
         return state, acceptance
-
-    def _draft(self, state: DecodingState, plan: RoundPlan) -> DraftTree:
-        if plan.total_tokens == 0:
-            return root_only(state.roots)
-        return grow_tree(
-            self.drafter.step,
-            state.roots,
-            total_tokens=plan.total_tokens,
-            depth=plan.depth,
-            top_k=plan.top_k,
-            confidence_threshold=plan.confidence_threshold,
-        )
 
     def _layout(self, tree: DraftTree, plan: RoundPlan, state: DecodingState) -> VerifyLayout:
         nodes = tree.tokens[:, :0]
