@@ -103,6 +103,10 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
         """
         return self.confu_prompts[adapter_name or self._current()]()
 
+    def router_weight(self) -> torch.Tensor:
+        """`(n_expert, 3 d)`, of the active adapter's mixture."""
+        return self.confu_router[self._current()]()
+
     def contemplate_embedding(self, features: torch.Tensor, adapter_name: str | None = None) -> torch.Tensor:
         """Features `(..., 3 d)` -> input embedding of the contemplate token `(..., d)`, in the dtype of `features`."""
         return self(features, adapter_name)

@@ -22,6 +22,7 @@ from ..configuration_confu import ConFuConfig
 from ..decoding.contemplation import Contemplator
 from ..decoding.drafting import Drafter, NetworkDrafter
 from ..decoding.policy import FixedPolicy, Policy
+from ..decoding.replay import TreeReplay
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
 from ..hub.pair import read_pair, write_pair
@@ -193,6 +194,13 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """Contemplation with this assistant's own adapter, or with the target's active one."""
         layer = confu_layer(target)
         return Contemplator(target, layer, self.adapter_name(target) or layer.current)
+
+    def replay(self, options: TreeOptions) -> TreeReplay:
+        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target."""
+        target = self.target
+        contemplates = self.config.contemplate and options.contemplate
+        contemplator = self.contemplator(target) if contemplates else None
+        return TreeReplay(lambda: self.new_drafter(target), contemplator, self.config.target_layer_ids, options)
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..adapter.layer import ConFuLayer
-from ..target.passes import Verified
+from ..target.context import ContemplateContext
+from ..target.passes import Verified, contemplate_anchors
 from ..target.soft_prompts import soft_prompt_key_values
 from ..tree.draft_tree import DraftTree
 from ..tree.ends import likeliest_ends, nearest_contemplated
@@ -40,6 +41,21 @@ class Contemplator:
     def embedding(self, features: Tensor) -> Tensor:
         """`(B, 3 d)`, features of the newest known position -> `(B, d)`, the input of all contemplate tokens."""
         return self.layer.contemplate_embedding(features, self.adapter_name)
+
+    def anchors(self, cache: Cache, features: Tensor, positions: Tensor, layer_ids: list[int]) -> Tensor:
+        """Contemplate after positions of a finished text, as after the nodes of one verify pass.
+
+        Args:
+            cache: keys and values of the text. features: `(B, 3 d)`, of the newest position that is known.
+            positions: `(B, A)` long.
+
+        Returns:
+            Futures `(B, A, 3 d)`.
+        """
+        embeddings = self.embedding(features)[:, None].expand(-1, positions.shape[1], -1)
+        visible = torch.arange(cache.get_seq_length(), device=positions.device) <= positions[..., None]
+        context = ContemplateContext(cache, self.soft_prompts())
+        return contemplate_anchors(self.target, context, embeddings, positions + 1, visible, layer_ids)[0]
 
     def future(
         self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance
