@@ -53,6 +53,7 @@ class ScriptArguments:
     eval_data: list[str] | None = field(default=None, metadata={"help": "files to hold out instead"})
     muon: bool = field(default=True, metadata={"help": "Muon for the draft's matrices"})
     adapter_learning_rate: float | None = field(default=None, metadata={"help": "of soft prompts and experts"})
+    lora_learning_rate: float | None = field(default=None, metadata={"help": "of the gated LoRA (--lora_rank)"})
 
 
 def build_pair(
@@ -117,6 +118,7 @@ def main() -> None:
         data_collator=ConversationCollator(target.generation_config.pad_token_id or end_ids[0]),
         muon=arguments.muon,
         adapter_learning_rate=arguments.adapter_learning_rate,
+        lora_learning_rate=arguments.lora_learning_rate,
         replay=draft.replay(tree) if arguments.trees else None,
     )
     checkpoint = training.resume_from_checkpoint

@@ -32,7 +32,15 @@ from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
 from .routing import route, unroute
 
-ADAPTER_FIELDS = ("num_virtual_tokens", "soft_prompt_type", "num_experts", "num_experts_per_token")
+ADAPTER_FIELDS = (
+    "num_virtual_tokens",
+    "soft_prompt_type",
+    "num_experts",
+    "num_experts_per_token",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target_modules",
+)
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
 
 
@@ -115,8 +123,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """A fresh, untrained pair for a target, attached: the start of training, and of tests.
 
         Args:
-            **config: fields of [`ConFuConfig`], and `num_virtual_tokens`, `soft_prompt_type`, `num_experts`,
-                `num_experts_per_token` of [`ConFuAdapterConfig`].
+            **config: fields of [`ConFuConfig`], and those of [`ConFuAdapterConfig`] that are in `ADAPTER_FIELDS`.
         """
         target = base_model(model)
         check_supported(target)

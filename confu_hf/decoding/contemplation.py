@@ -5,6 +5,8 @@ EAGLE-3 mode has no `Contemplator`. The adapter is held by name: which one is ac
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -27,6 +29,11 @@ class Contemplator:
 
     def __init__(self, target: PreTrainedModel, layer: ConFuLayer, adapter_name: str):
         self.target, self.layer, self.adapter_name = target, layer, adapter_name
+        self.low_rank = layer.low_rank(target, adapter_name)
+
+    def acting(self, count: int | None = None) -> AbstractContextManager:
+        """Within it, a pass gives its last `count` rows (None = all) what contemplate tokens add to projections."""
+        return nullcontext() if self.low_rank is None or count == 0 else self.low_rank.acting(count)
 
     def soft_prompts(self) -> Tensor:
         """`(L, 2, S, kv_heads, head_dim)`, keys and values that contemplate tokens see in front of everything."""
@@ -55,7 +62,8 @@ class Contemplator:
         embeddings = self.embedding(features)[:, None].expand(-1, positions.shape[1], -1)
         visible = torch.arange(cache.get_seq_length(), device=positions.device) <= positions[..., None]
         context = ContemplateContext(cache, self.soft_prompts())
-        return contemplate_anchors(self.target, context, embeddings, positions + 1, visible, layer_ids)[0]
+        with self.acting():
+            return contemplate_anchors(self.target, context, embeddings, positions + 1, visible, layer_ids)[0]
 
     def future(
         self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,14 +72,16 @@ def row_futures(
     read = gather_rows(features, sources)
     embeddings = layer.contemplate_embedding(read)  # (B, A, d)
     visible = torch.arange(features.shape[1], device=device) <= anchors.positions[..., None]  # (B, A, N)
-    futures, last = contemplate_anchors(
-        target,
-        ContemplateContext(view.cache, soft_prompts(target)),
-        embeddings,
-        anchors.positions + 1,
-        visible,
-        draft.config.target_layer_ids,
-    )  # (B, A, 3 d), (B, A, d)
+    low_rank = layer.low_rank(target)
+    with nullcontext() if low_rank is None else low_rank.acting():
+        futures, last = contemplate_anchors(
+            target,
+            ContemplateContext(view.cache, soft_prompts(target)),
+            embeddings,
+            anchors.positions + 1,
+            visible,
+            draft.config.target_layer_ids,
+        )  # (B, A, 3 d), (B, A, d)
     every_row = torch.arange(count, device=device).expand(batch, -1).contiguous()
     latest = torch.searchsorted(anchors.rows, every_row, right=True) - 1  # (B, R), -1 before the first anchor
     distance = rows.starts - anchors.positions.gather(1, latest.clamp_min(0))

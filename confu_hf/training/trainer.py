@@ -64,6 +64,7 @@ class ConFuTrainer(Trainer):
         muon: optimise with [`MuonAdamW`], by the learning rate, betas and weight decay of the `TrainingArguments`;
             False leaves the choice to their `optim`.
         adapter_learning_rate: of soft prompts and experts, with `muon`; None = the same.
+        lora_learning_rate: of the adapter's gated LoRA, with `muon`; None = the same.
         replay: evaluation also counts accepted lengths in trees, `eval_tree_accepted_length` and one for each task of the
             held-out answers that were written greedily. As `metric_for_best_model` it keeps the best checkpoint.
     """
@@ -74,10 +75,15 @@ class ConFuTrainer(Trainer):
         *args: Any,
         muon: bool = False,
         adapter_learning_rate: float | None = None,
+        lora_learning_rate: float | None = None,
         replay: Replay | None = None,
         **kwargs: Any,
     ):
-        self.muon, self.adapter_learning_rate = muon, adapter_learning_rate
+        self.muon, self.adapter_learning_rate, self.lora_learning_rate = (
+            muon,
+            adapter_learning_rate,
+            lora_learning_rate,
+        )
         self.replay, self._held_out = replay, HeldOut([])
         kwargs.setdefault("compute_metrics", self._metrics)
         super().__init__(model, *args, **kwargs)
@@ -120,6 +126,7 @@ class ConFuTrainer(Trainer):
             named,
             lr=self.args.learning_rate,
             adapter_lr=self.adapter_learning_rate,
+            lora_lr=self.lora_learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
             weight_decay=self.args.weight_decay,
