@@ -116,7 +116,6 @@ class CostModel:
     ):
         _check_seconds(verify, draft_step)
         self.learns = learns
-        self.measured = verify is not None
         self._curves: dict[tuple[str, int], Curve] = {("verify", 0): Curve(dict(verify or {1: 1.0}))}
         self._draft_step = draft_step
 
@@ -146,12 +145,15 @@ class CostModel:
         if self.learns and steps > 0:
             self._own_curve(f"draft {width}", context, default=seconds / steps).add(steps, seconds / steps)
 
-    def sweep(self, run: Callable[[int], float], rows: Sequence[int], budget: float) -> None:
+    def sweep(
+        self, run: Callable[[int], float], rows: Sequence[int], budget: float, draft_share: float | None = None
+    ) -> None:
         """The first shape: seconds of bare passes.
 
         Args:
             run: runs one pass of so many rows, returns its seconds. rows: wanted, the most telling ones first.
             budget: seconds; after the first two row counts, none is tried that would go beyond it.
+            draft_share: what a draft step costs at first, as a share of the cheapest pass; None = nothing.
         """
         spent = run(rows[0])  # the first pass of all pays for what later ones find ready
         shape: dict[int, float] = {}
@@ -161,7 +163,8 @@ class CostModel:
                 continue
             shape[count] = run(count)
             spent += shape[count]
-        self._curves, self.measured = {("verify", 0): Curve(shape)}, True
+        self._curves = {("verify", 0): Curve(shape)}
+        self._draft_step = None if draft_share is None else draft_share * min(shape.values())
 
     def _curve(self, kind: str, context: int) -> Curve | None:
         """That of the context's range, else of the nearest range below, else above."""
@@ -207,7 +210,7 @@ class CostModel:
             raise refusal(
                 "Costs", got=f"data that cannot be read ({error})", expected="CostModel.to_dict()", fix="Measure anew."
             ) from error
-        model._curves, model.measured = curves, True
+        model._curves = curves
         return model
 
 

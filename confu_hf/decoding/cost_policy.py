@@ -31,7 +31,7 @@ REFRESH = 128
 FIRST_GAIN, GAIN_MEMORY, LEAST_GAIN = 0.25, 8, -0.25
 # Rounds between two probes while drafting does not pay; the nodes of a probe; what is left of old forecasts after one
 # that paid.
-FIRST_PAUSE, LONGEST_PAUSE, PROBE_NODES, FADE = 4, 64, 4, 0.25
+FIRST_PAUSE, LONGEST_PAUSE, PROBE_NODES, FADE = 4, 32, 4, 0.25
 # Where contemplate tokens are not worth their rows, one is run now and then all the same, to learn of their worth.
 EXPLORE = 32
 

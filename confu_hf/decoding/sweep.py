@@ -30,6 +30,11 @@ class Bench:
         """What the costs of these models are kept under."""
         return CostKey.of(self.target, self.draft, self.execution)
 
+    def draft_share(self) -> float:
+        """Parameters of the draft, as a share of the target's."""
+        draft = 0 if self.draft is None else sum(parameter.numel() for parameter in self.draft.parameters())
+        return draft / sum(parameter.numel() for parameter in self.target.parameters())
+
     def run(self, rows: int) -> float:
         """Seconds of a verify pass over a root and `rows - 1` children of it, behind no context."""
         device = self.target.device

@@ -65,12 +65,10 @@ def grow_tree(
             threshold, not again once no further node could stay in the tree.
         root_tokens: (B,) long.
         total_tokens: T, drafted nodes to keep, root not counted. With fewer candidates than that the tree is smaller.
-        depth: greatest depth of a drafted node.
+        depth: greatest depth of a drafted node. A `ValueError` is raised if it or `total_tokens` is negative.
         top_k: nodes expanded per layer, and children considered for each.
         confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1); a batch keeps the most.
         another_step: asked after each layer but the last whether to go on.
-
-    Raises: ValueError if `total_tokens` or `depth` is negative.
     """
     _check_size(total_tokens, depth)
     depth = depth if total_tokens else 0
