@@ -29,9 +29,9 @@ REFRESH = 128
 # What drafting gains over plain rounds, in tokens a round: what is believed at first, how slowly that changes, and the
 # least it is said to be, so that it comes back in a few rounds.
 FIRST_GAIN, GAIN_MEMORY, LEAST_GAIN = 0.25, 8, -0.25
-# Rounds between two probes while drafting does not pay; the nodes of a probe; what is left of old forecasts after one
-# that paid.
-FIRST_PAUSE, LONGEST_PAUSE, PROBE_NODES, FADE = 4, 32, 4, 0.25
+# Rounds until a first probe while drafting does not pay; the share of the time that probes may cost in the long run; the
+# nodes of a probe; what is left of old forecasts after one that paid.
+FIRST_PAUSE, PROBE_SHARE, PROBE_NODES, FADE = 4, 0.0075, 4, 0.25
 # Where contemplate tokens are not worth their rows, one is run now and then all the same, to learn of their worth.
 EXPLORE = 32
 
@@ -124,7 +124,7 @@ class CostPolicy:
         self.options, self.experience = options, experience
         self.calibration = experience.calibrations[options.contemplate]
         self.costs, self.bench = CostModel(), None
-        self.gain = RunningMean(FIRST_GAIN, GAIN_MEMORY / 2)
+        self.gain = RunningMean(FIRST_GAIN, 2)
         self.pause, self.wait = FIRST_PAUSE, 0
         # Tokens expected of each depth, and nodes verified: where no one asks between steps, the depth follows from them.
         self.layers, self.nodes = [], RunningMean()
@@ -318,14 +318,16 @@ class CostPolicy:
         this, active = self.round, max(1, sum(self.round.active))
         tokens = sum(accepted) if this.probe else this.best.tokens
         seconds = self._draft_seconds(this.steps) + self.costs.verify(rows, this.context)
-        gained = tokens / active - seconds / self.costs.verify(len(accepted), this.context)
+        cost = seconds / self.costs.verify(len(accepted), this.context)  # in plain rounds
+        gained = tokens / active - cost
         self.gain.add(gained, GAIN_MEMORY)
         self.gain.value = max(self.gain.value, LEAST_GAIN)
         if this.probe and gained > 0:
             self.pause, self.wait = max(FIRST_PAUSE, self.pause // 2), 0
             self.calibration.fade(FADE)
         elif this.probe:
-            self.pause = self.wait = min(2 * self.pause, LONGEST_PAUSE)
+            longest = max(FIRST_PAUSE, math.ceil((cost - 1) / PROBE_SHARE))
+            self.pause = self.wait = min(2 * self.pause, longest)
         elif self.gain.value <= 0:
             self.wait = self.pause
 

@@ -17,7 +17,7 @@ CONFIDENCE_EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 # Deeper nodes are judged together.
 DEEPEST = 5
 # In expected acceptances: how firmly the draft's own word stands at first, and how much of the past counts.
-PRIOR, WINDOW = 2.0, 32.0
+PRIOR, WINDOW = 1.5, 32.0
 # Seconds that the first sweep of a model may take, and the row counts it tries, the most telling ones first.
 SWEEP_SECONDS, SWEEP_ROWS = 1.0, (1, 16, 8, 4, 32, 2)
 # Tokens a round that a fresh future brings, as long as nothing else is known, and rounds that this word stands for.
