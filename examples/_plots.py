@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # files, no window
 
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 SIZE, RESOLUTION = (9, 4.5), 150
 
@@ -70,7 +71,10 @@ def _round(axes: Axes, budgets: dict[str, dict[str, float]]) -> None:
 
 def _acceptance(axes: Axes, by_depth: dict[str, Sequence[float]]) -> None:
     for method, shares in by_depth.items():
+        if not shares:  # it drafted nothing that was accepted
+            continue
         axes.plot(range(1, len(shares) + 1), shares, marker="o", label=method)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="Acceptance by depth", xlabel="depth", ylabel="share of rounds that got there", ylim=(0, 1))
 
 

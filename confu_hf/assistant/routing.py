@@ -53,7 +53,7 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             raise refusal(
                 "assistant_model",
                 got=f"a {type(assistant).__name__}",
-                expected="a ConFuAssistant or a LookupAssistant",
+                expected="a ConFuAssistant",
                 fix="Load it with ConFuAssistant.from_pretrained.",
             )
         check_supported(self)

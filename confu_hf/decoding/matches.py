@@ -12,16 +12,16 @@ from dataclasses import dataclass
 LENGTHS = (1, 2, 3, 4, 5, 8, 12)
 MAX_CONTINUATIONS = 4
 
-# How often a match named the next token, by length and by rank, in 600 greedy answers to training prompts (EXPERIMENTS.md,
+# How often a match named the next token, by length and by rank, in 400 greedy answers to training prompts (EXPERIMENTS.md,
 # "Prompt lookup in the tree"); and how many tokens that is worth against what an answer shows itself.
 PRIOR_RATES = (
-    (0.24, 0.08, 0.05),
+    (0.24, 0.08, 0.04),
     (0.55, 0.11, 0.05),
-    (0.64, 0.11, 0.08),
-    (0.70, 0.11, 0.09),
-    (0.77, 0.11, 0.07),
-    (0.84, 0.14, 0.07),
-    (0.96, 0.29, 0.07),
+    (0.63, 0.11, 0.07),
+    (0.70, 0.11, 0.06),
+    (0.77, 0.12, 0.06),
+    (0.85, 0.12, 0.05),
+    (0.96, 0.24, 0.05),
 )
 PRIOR_STRENGTH = 16.0
 
