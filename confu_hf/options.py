@@ -24,6 +24,7 @@ class TreeOptions:
         contemplate_tokens: contemplate tokens per round (`M`), on the nodes most likely to be the last accepted; None
             = one for every node.
         contemplate: False switches contemplation off (EAGLE-3 mode).
+        lookup: what followed where the text read alike before joins the tree as further branches.
         pack_weights: on CPU, decode with a copy of the linear layers packed for small batches of rows, the draft's in
             bfloat16 if the CPU multiplies that; None = if that copy stays below 2 GiB.
     """
@@ -34,6 +35,7 @@ class TreeOptions:
     confidence_threshold: float = 0.0
     contemplate_tokens: int | None = None
     contemplate: bool = True
+    lookup: bool = True
     pack_weights: bool | None = None
 
 
@@ -52,6 +54,7 @@ class ConFuGenerationConfig(GenerationConfig):
         confidence_threshold: drafted nodes of a smaller joint probability are not verified.
         contemplate_tokens: contemplate tokens of a verify pass; None = one for every node and the root.
         contemplate: False = EAGLE-3 mode.
+        lookup: whether what followed earlier, alike places of the text joins the tree.
         pack_weights: on CPU, decode with packed copies of the linear layers; None = if they are small.
         **kwargs: of `GenerationConfig`.
     """
@@ -87,7 +90,11 @@ def check_options(options: TreeOptions, config: ConFuConfig) -> None:
     threshold = options.confidence_threshold
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
         raise _misfit(options, "confidence_threshold", "a number of at least 0, below 1")
-    for name, allowed in {"contemplate": (True, False), "pack_weights": (True, False, None)}.items():
+    for name, allowed in {
+        "contemplate": (True, False),
+        "lookup": (True, False),
+        "pack_weights": (True, False, None),
+    }.items():
         if not any(getattr(options, name) is value for value in allowed):
             raise _misfit(options, name, f"one of {allowed}")
 

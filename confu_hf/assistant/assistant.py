@@ -21,6 +21,7 @@ from ..adapter.tuner import on_injection
 from ..configuration_confu import ConFuConfig
 from ..decoding.contemplation import Contemplator
 from ..decoding.drafting import Drafter, NetworkDrafter
+from ..decoding.lookup import CombinedDrafter
 from ..decoding.policy import FixedPolicy, Policy
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
@@ -29,17 +30,13 @@ from ..modeling_confu import ConFuDraftModel
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
-from .routing import route, unroute
+from .routing import release, route, serve
 
 ADAPTER_FIELDS = ("num_virtual_tokens", "soft_prompt_type", "num_experts", "num_experts_per_token")
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
 
 
 on_injection(route)
-
-
-# Which assistants a target serves: the last to detach takes the route away.
-_assistants: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
 
 class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
@@ -160,8 +157,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         else:
             self._attachment = Attachment(weakref.ref(target))
         self._adapter = None
-        route(target)
-        _assistants.setdefault(target, weakref.WeakSet()).add(self)
+        serve(target, self)
         return self
 
     def detach(self) -> PreTrainedModel | None:
@@ -171,9 +167,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         if target is None:
             return None
         attachment.undo()
-        _assistants[target].discard(self)
-        if not _assistants[target] and confu_layer(target) is None:
-            unroute(target)
+        release(target, self)
         return target
 
     @property
@@ -181,9 +175,10 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """The model that this assistant is attached to, if any."""
         return None if self._attachment is None else self._attachment.target
 
-    def new_drafter(self, target: PreTrainedModel) -> Drafter:
+    def new_drafter(self, target: PreTrainedModel, options: TreeOptions) -> Drafter:
         """Who drafts in one call of `generate`. Override it to draft in another way."""
-        return NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
+        network = NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
+        return CombinedDrafter(network) if options.lookup else network
 
     def new_policy(self, options: TreeOptions) -> Policy:
         """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
