@@ -8,6 +8,7 @@ before a generation starts `checks.py`'s.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from .. import compat
+from ..acceleration.costs import CostModel
 from ..adapter.attachment import Attachment, LooseAdapter, attach_adapter, base_model
 from ..adapter.config import ConFuAdapterConfig
 from ..adapter.tuner import on_injection
 from ..configuration_confu import ConFuConfig
 from ..decoding.contemplation import Contemplator
+from ..decoding.cost_policy import CostPolicy
 from ..decoding.drafting import Drafter, NetworkDrafter
+from ..decoding.experience import Experience
 from ..decoding.lookup import CombinedDrafter
 from ..decoding.policy import FixedPolicy, Policy
 from ..decoding.stats import GenerationStats
@@ -56,6 +60,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         self._attachment: Attachment | None = None
         self._adapter: LooseAdapter | None = None
         self._stats: GenerationStats | None = None
+        self._experience = Experience()
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -65,6 +70,15 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
     @stats.setter
     def stats(self, stats: GenerationStats) -> None:
         self._stats = stats
+
+    @property
+    def costs(self) -> CostModel | None:
+        """Costs of rounds that `policy="auto"` goes by instead of measuring; None = it measures."""
+        return self._experience.given
+
+    @costs.setter
+    def costs(self, costs: CostModel | Mapping[str, Any] | None) -> None:
+        self._experience.give(costs)
 
     @classmethod
     def from_pretrained(
@@ -182,7 +196,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
 
     def new_policy(self, options: TreeOptions) -> Policy:
         """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
-        return FixedPolicy(options)
+        return FixedPolicy(options) if options.policy == "fixed" else CostPolicy(options, self._experience)
 
     def contemplator(self, target: PreTrainedModel) -> Contemplator:
         """Contemplation with this assistant's own adapter, or with the target's active one."""

@@ -53,6 +53,7 @@ class Drafter:
             depth=plan.depth,
             top_k=plan.top_k,
             confidence_threshold=plan.confidence_threshold,
+            another_step=plan.another_step,
         )
 
 
