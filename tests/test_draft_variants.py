@@ -80,6 +80,7 @@ def recomputed(weights, config, embeds, features, futures, positions):
 
     def heads(name):
         projected = inputs @ weights[f"midlayer.self_attn.{name}_proj.weight"].T
+        projected = projected + weights.get(f"midlayer.self_attn.{name}_proj.bias", 0.0)
         projected = projected.view(len(inputs), -1, config.head_dim).transpose(0, 1)
         if name != "v" and config.qk_norm:
             projected = rms(projected, weights[f"midlayer.self_attn.{name}_norm.weight"], eps)
