@@ -88,12 +88,14 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         target: PreTrainedModel | PeftModel | None = None,
         **kwargs: Any,
     ) -> ConFuAssistant:
-        """Load a draft and its adapter from a folder or a Hub repository.
+        """Load a draft and its adapter, or an EAGLE-3 draft of another project, from a folder or a Hub repository.
 
         Args:
             target: attach to this model, in place; the draft takes its dtype and device, unless `dtype` or
-                `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT.
-            **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...
+                `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT. Drafts of other
+                projects need it.
+            **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...;
+                fields of the config to override; `allow_pickle=True` to read a foreign draft's `pytorch_model.bin`.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -108,7 +110,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
             embedding = target.get_input_embeddings().weight
             if not {"dtype", "torch_dtype"} & set(kwargs) and embedding.is_floating_point():
                 kwargs["dtype"] = embedding.dtype
-        pair = read_pair(path, adapter_required=target is not None, **kwargs)
+        pair = read_pair(path, adapter_required=target is not None, target=target, **kwargs)
         assistant, info = super().from_pretrained(
             None, *model_args, config=pair.config, state_dict=pair.weights, output_loading_info=True, **pair.arguments
         )
