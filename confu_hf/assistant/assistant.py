@@ -27,6 +27,7 @@ from ..decoding.drafting import Drafter, NetworkDrafter
 from ..decoding.experience import Experience
 from ..decoding.lookup import CombinedDrafter
 from ..decoding.policy import FixedPolicy, Policy
+from ..decoding.replay import TreeReplay
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
 from ..hub.pair import read_pair, write_pair
@@ -36,7 +37,15 @@ from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
 from .routing import release, route, serve
 
-ADAPTER_FIELDS = ("num_virtual_tokens", "soft_prompt_type", "num_experts", "num_experts_per_token")
+ADAPTER_FIELDS = (
+    "num_virtual_tokens",
+    "soft_prompt_type",
+    "num_experts",
+    "num_experts_per_token",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target_modules",
+)
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
 
 
@@ -127,8 +136,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """A fresh, untrained pair for a target, attached: the start of training, and of tests.
 
         Args:
-            **config: fields of [`ConFuConfig`], and `num_virtual_tokens`, `soft_prompt_type`, `num_experts`,
-                `num_experts_per_token` of [`ConFuAdapterConfig`].
+            **config: fields of [`ConFuConfig`], and those of [`ConFuAdapterConfig`] that are in `ADAPTER_FIELDS`.
         """
         target = base_model(model)
         check_supported(target)
@@ -204,6 +212,13 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """Contemplation with this assistant's own adapter, or with the target's active one."""
         layer = confu_layer(target)
         return Contemplator(target, layer, self.adapter_name(target) or layer.current)
+
+    def replay(self, options: TreeOptions) -> TreeReplay:
+        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target."""
+        target = self.target
+        contemplates = self.config.contemplate and options.contemplate
+        contemplator = self.contemplator(target) if contemplates else None
+        return TreeReplay(lambda: self.new_drafter(target), contemplator, self.config.target_layer_ids, options)
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""
