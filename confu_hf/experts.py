@@ -12,6 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def expert_gates(states: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
+    """`softmax(W_r z)`, `(..., n_expert)` float32, for `states` `(..., d_in)` and a router `(n_expert, d_in)`."""
+    states = states.to(router_weight.dtype)
+    return F.linear(F.rms_norm(states, states.shape[-1:]), router_weight).float().softmax(dim=-1)
+
+
 def mix_experts(
     states: torch.Tensor, router_weight: torch.Tensor, expert_weight: torch.Tensor, top_k: int
 ) -> torch.Tensor:
@@ -30,8 +36,7 @@ def mix_experts(
     Returns:
         `(..., d_out)` in the dtype of `expert_weight`.
     """
-    states = states.to(router_weight.dtype)
-    gates = F.linear(F.rms_norm(states, states.shape[-1:]), router_weight).float().softmax(dim=-1)  # (..., n_expert)
+    gates = expert_gates(states, router_weight)
     kept, chosen = gates.topk(top_k, dim=-1)
     sparse_gates = torch.zeros_like(gates).scatter(-1, chosen, kept)
     return sparse_gates.to(expert_weight.dtype) @ expert_weight

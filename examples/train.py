@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from confu_hf import ConFuAssistant
+from confu_hf.options import TreeOptions
 from confu_hf.training.data import ConversationCollator, load_conversations
 from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
 from confu_hf.training.optimizer import product_dtype
@@ -43,9 +44,16 @@ class ScriptArguments:
     feature_store: str | None = field(default=None, metadata={"help": "folder to keep target features in"})
     store_caches: bool = field(default=False, metadata={"help": "keep the target's keys and values there, for confu"})
     held_out: int = field(default=48, metadata={"help": "sequences kept out of training, for the accepted length"})
+    trees: bool = field(
+        default=True, metadata={"help": "count accepted lengths on held-out greedy answers in trees, by task"}
+    )
+    tree_tokens: int = field(default=30, metadata={"help": "drafted nodes of these trees"})
+    tree_depth: int = field(default=7, metadata={"help": "their depth"})
+    tree_top_k: int = field(default=10, metadata={"help": "nodes expanded per layer"})
     eval_data: list[str] | None = field(default=None, metadata={"help": "files to hold out instead"})
     muon: bool = field(default=True, metadata={"help": "Muon for the draft's matrices"})
     adapter_learning_rate: float | None = field(default=None, metadata={"help": "of soft prompts and experts"})
+    lora_learning_rate: float | None = field(default=None, metadata={"help": "of the gated LoRA (--lora_rank)"})
 
 
 def build_pair(
@@ -99,6 +107,7 @@ def main() -> None:
         store = open_store(
             arguments.feature_store, target, draft, rows, held_out, name=name, store_caches=arguments.store_caches
         )
+    tree = TreeOptions(total_tokens=arguments.tree_tokens, depth=arguments.tree_depth, top_k=arguments.tree_top_k)
     training.train_sampling_strategy = "group_by_length"
     training.label_names = ["labels"]
     trainer = ConFuTrainer(
@@ -109,6 +118,8 @@ def main() -> None:
         data_collator=ConversationCollator(target.generation_config.pad_token_id or end_ids[0]),
         muon=arguments.muon,
         adapter_learning_rate=arguments.adapter_learning_rate,
+        lora_learning_rate=arguments.lora_learning_rate,
+        replay=draft.replay(tree) if arguments.trees else None,
     )
     checkpoint = training.resume_from_checkpoint
     if checkpoint == "auto":

@@ -52,7 +52,7 @@ class OracleDrafter(NetworkDrafter):
 
 
 class OracleAssistant(ConFuAssistant):
-    def new_drafter(self, target):
+    def new_drafter(self, target, options):
         return OracleDrafter(self, target)
 
 

@@ -76,13 +76,18 @@ def test_longer_examples_are_cut_on_the_right(tokenizer, max_length):
 
 def test_load_conversations(tokenizer, tmp_path):
     path = tmp_path / "answers.jsonl"
-    rows = [talk("a", "b c d e f"), talk("a", "b c"), talk("a b", "c d e")]  # the second is too short
+    rows = [
+        talk("a", "b c d e f", task="x", temperature=0.0),
+        talk("a", "b c", task="y", temperature=0.0),  # too short
+        talk("a b", "c d e", task="z", temperature=0.7),
+    ]
     Dataset.from_list(rows).to_json(path)
     loaded = load_conversations([str(path)], tokenizer, max_length=7, eos_token_id=END, min_answer=2)
-    assert loaded.column_names == ["input_ids", "labels", "length", "index"]
+    assert set(loaded.column_names) == {"input_ids", "labels", "length", "task", "greedy", "index"}
     assert words_of(loaded[0]["input_ids"]) == "<s> user: a assistant: b c d"
     loaded = load_conversations([str(path)], tokenizer, max_length=100, eos_token_id=END)
     assert list(loaded["index"]) == [0, 1] and list(loaded["length"]) == [10, 9]
+    assert list(loaded["task"]) == ["x", "z"] and list(loaded["greedy"]) == [True, False]
     assert words_of(loaded[1]["input_ids"]) == "<s> user: a b assistant: c d e </s>"
 
 

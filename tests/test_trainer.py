@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import warnings
@@ -15,7 +16,8 @@ from tiny_pairs import conversations, tiny_pair
 from transformers import TrainingArguments
 
 from confu_hf import ConFuAssistant
-from confu_hf.training.data import ConversationCollator
+from confu_hf.options import TreeOptions
+from confu_hf.training.data import IGNORED, ConversationCollator
 from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
 from confu_hf.training.trainer import ConFuTrainer
 
@@ -241,3 +243,109 @@ def test_evaluation(finished):
     for depth, (right, guesses) in enumerate(outputs["correct"].sum(0).tolist(), start=1):
         assert metrics[f"eval_accuracy_depth_{depth}"] == pytest.approx(right / guesses)
     assert metrics["eval_loss"] == pytest.approx(outputs["loss"].item(), rel=1e-5)
+
+
+def test_trees_are_evaluated_by_task(tmp_path):
+    trainer = make_trainer(tmp_path, True, per_device_eval_batch_size=2)
+    rows = conversations((3, 12), (4, 9), (2, 10), (5, 11), (3, 8))
+    for row, task, greedy in zip(rows, "xyxxy", (True, True, False, True, True), strict=True):
+        row |= {"task": task, "greedy": greedy}
+    target, layer_ids, seen = trainer.model.target, trainer.model.draft.config.target_layer_ids, []
+
+    class Told:
+        """Two rounds for each sequence of 12 tokens, four for all others; looks at what it is given."""
+
+        def counts(self, texts):
+            for row, length in enumerate(texts.lengths.tolist()):
+                ids, prompt = texts.input_ids[row, :length].tolist(), int(texts.prompt_lengths[row])
+                seen.append((ids, prompt))
+                states = target(texts.input_ids[row : row + 1, :length], output_hidden_states=True).hidden_states
+                features = torch.cat([states[layer] for layer in layer_ids], dim=-1)[0]
+                torch.testing.assert_close(texts.features[row, :length], features)
+            assert texts.cache.get_seq_length() == texts.input_ids.shape[1]
+            assert len(texts.cache.layers[0].keys) == len(texts.lengths)
+            return [[4, 4] if length == 12 else [2, 2, 1, 1] for length in texts.lengths.tolist()]
+
+    trainer.replay = Told()
+    metrics = trainer.evaluate(rows)
+    assert sorted(seen) == sorted((row["input_ids"], row["labels"].count(IGNORED)) for row in rows if row["greedy"])
+    assert metrics["eval_tree_accepted_length_x"] == pytest.approx((8 + 6) / 6)
+    assert metrics["eval_tree_accepted_length_y"] == pytest.approx(1.5)
+    assert metrics["eval_tree_accepted_length"] == pytest.approx((8 + 6 + 6 + 6) / 14)
+    assert 1 <= metrics["eval_accepted_length"] <= 4
+
+
+def test_the_replay_of_a_pair_runs_in_the_trainer(finished):
+    contemplate, _, trainer = finished
+    trainer.replay = trainer.model.draft.replay(TreeOptions(total_tokens=8, depth=3, top_k=3))
+    metrics = trainer.evaluate()
+    trainer.replay = None
+    assert 1 <= metrics["eval_tree_accepted_length"] == metrics["eval_tree_accepted_length_all"] <= 4
+
+
+def test_the_best_checkpoint_is_kept_by_accepted_length_in_trees(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        False,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="tree_accepted_length",
+    )
+
+    class Rising:
+        """Says that the checkpoint of step 4 is the best one."""
+
+        def counts(self, texts):
+            return [[2 if trainer.state.global_step == 4 else 1]] * len(texts.lengths)
+
+    trainer.replay = Rising()
+    trainer.train()
+    assert logged(trainer, "eval_tree_accepted_length") == [1.0, 2.0, 1.0]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    trainer.save_model(str(tmp_path / "best"))
+    expected = saved_weights(tmp_path / "checkpoint-4")
+    assert all(torch.equal(value, expected[key]) for key, value in saved_weights(tmp_path / "best").items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_that_are_no_numbers_stop_the_run(tmp_path, monkeypatch, accumulation):
+    trainer = make_trainer(tmp_path, False, gradient_accumulation_steps=accumulation)
+    forward, seen = ConFuForTraining.forward, {0: [], 1: [], 2: []}
+
+    @functools.wraps(forward)  # the Trainer reads its signature
+    def spoilt(module, **batch):
+        outputs = forward(module, **batch)
+        step = trainer.state.global_step
+        seen[step] += batch["index"].tolist()
+        if step == 2:
+            outputs["numerators"] = outputs["numerators"] * float("nan")
+        return outputs
+
+    monkeypatch.setattr(ConFuForTraining, "forward", spoilt)
+    with pytest.raises(FloatingPointError, match="Step 3: got gradients that are NaN .*smaller --learning_rate") as e:
+        trainer.train()
+    assert str(seen[2]) in str(e.value) and len(seen[2]) == 2 * accumulation
+    assert all(parameter.isfinite().all() for parameter in trainer.model.draft.parameters())
+    assert trainer.state.global_step == 2
+
+
+def test_routers_are_logged(finished):
+    contemplate, _, trainer = finished
+    for name, experts in (("contemplate", 4), ("future", 8)):
+        entropies = logged(trainer, f"router_{name}_entropy")
+        loads = [logged(trainer, f"router_{name}_load_{expert}") for expert in range(experts)]
+        assert len(entropies) == (STEPS if contemplate else 0)
+        assert all(0 < entropy < torch.tensor(experts).log() for entropy in entropies)
+        assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in zip(*loads, strict=True))
+
+
+def test_tensorboard_gets_what_is_logged(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make_trainer(tmp_path, True, max_steps=2, report_to="tensorboard")
+    trainer.train()
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    for name in ("loss", "train_accepted_length", "answer_tokens_seen", "router_future_entropy"):
+        values = [event.value for event in events.Scalars(f"train/{name}")]
+        assert values == pytest.approx(logged(trainer, name), rel=1e-6)

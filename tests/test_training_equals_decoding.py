@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, NUM_LAYERS, keep_softmax_in_float64, tiny_llama
 from tiny_pairs import conversations, tiny_pair
 
+from confu_hf.decoding.contemplation import Contemplator
 from confu_hf.decoding.drafting import NetworkDrafter
 from confu_hf.decoding.state import Rows
 from confu_hf.target.cache import TreeCache
@@ -36,6 +39,7 @@ VARIANTS = {
     "eagle3.1": {"feedback_after_norm": True, "fc_norm": True},
     "norm_before_residual": {"norm_before_residual": True, "qk_norm": True},
     "own embeddings": {"own_embeddings": True, "target_layer_ids": [1, 2, 4]},
+    "gated LoRA": {"lora_rank": 2},
     "narrow, scaled": {"hidden_size": 16, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
 }
 
@@ -52,6 +56,8 @@ def pair(architecture: str, kind: str | None, **variant):
     if kind is not None:
         with torch.no_grad():
             target.confu.prompt_weight().mul_(3.0)  # so that nobody overlooks them
+            for weight in target.confu.confu_lora_up.parameters():
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
     return target, draft
 
 
@@ -98,7 +104,9 @@ def decoded_round(target, draft, tokens, row: int, lag: int):
         soft_prompt_length=cache.soft_prompt_length,
     )
     embedding = target.confu.contemplate_embedding(features[:, -1]) if contemplate else None
-    verified = verify(target, layout, embedding, cache, ids)
+    contemplator = Contemplator(target, target.confu, target.confu.current) if contemplate else None
+    with contemplator.acting(1) if contemplate else nullcontext():
+        verified = verify(target, layout, embedding, cache, ids)
     drafter = NetworkDrafter(draft, draft.input_embeddings(target.get_input_embeddings()))
     everything = torch.cat([features, verified.features], dim=1)
     future = verified.futures[:, 0] if contemplate else None
@@ -147,7 +155,7 @@ def check_every_row_and_step(target, draft, lag, monkeypatch):
 
 def test_a_slip_of_the_future_would_be_seen(monkeypatch):
     """The negative control: soft prompts, the source of the contemplate token and its position all matter."""
-    target, draft = pair("llama", "kv")
+    target, draft = pair("llama", "kv", lora_rank=2)
     batch = ConversationCollator(0)(conversations((PROMPT, LENGTH)))
     outputs, rows = trained_outputs(target, draft, batch, lag=1, monkeypatch=monkeypatch)
     row = rows.starts[0, 3].item()
@@ -158,7 +166,7 @@ def test_a_slip_of_the_future_would_be_seen(monkeypatch):
 
     assert not differs()
     weights = target.confu.adapter_weights(target.confu.current)
-    for name in ("confu_prompts", "confu_experts", "confu_router"):
+    for name in ("confu_prompts", "confu_experts", "confu_router", "confu_lora_up"):
         kept = weights[name].clone()
         weights[name].copy_(-kept)
         assert differs(), name

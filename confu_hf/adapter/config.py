@@ -7,11 +7,14 @@ from enum import Enum
 from typing import Any
 
 from peft import PeftConfig
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_confu import TargetGeometry, default_layer_ids
 from ..errors import refusal
 from .checksum import CHECKSUM
+from .low_rank import projection_widths
+
+LORA_SCALE = 16.0
 
 
 class ConFuPeftType(str, Enum):  # noqa: UP042 - StrEnum needs Python 3.11
@@ -35,6 +38,17 @@ class ConFuAdapterConfig(PeftConfig):
     )
     num_experts: int = field(default=8, metadata={"help": "Embeddings that a contemplate token is mixed from."})
     num_experts_per_token: int = field(default=2, metadata={"help": "How many of them the router keeps."})
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Rank of what contemplate tokens, and they alone, add to projections; 0 = nothing."},
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "It is scaled by alpha / rank; None = by 16."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the projections; None = all of attention and MLP that there are."}
+    )
+    lora_widths: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Inputs and outputs of each, by name below the layer."}
+    )
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
     target_hidden_size: int | None = field(default=None, metadata={"help": "d of the target."})
     target_num_hidden_layers: int | None = field(default=None, metadata={"help": "L of the target."})
@@ -57,6 +71,10 @@ class ConFuAdapterConfig(PeftConfig):
         for name in ("num_virtual_tokens", "num_experts", "num_experts_per_token"):
             if not _is_positive_int(getattr(self, name)):
                 self._refuse(name, "an integer of at least 1")
+        if isinstance(self.lora_rank, bool) or not isinstance(self.lora_rank, int) or self.lora_rank < 0:
+            self._refuse("lora_rank", "an integer of at least 0")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            self._refuse("lora_alpha", "a number above 0, or None")
         if self.num_experts_per_token > self.num_experts:
             self._refuse("num_experts_per_token", f"at most num_experts={self.num_experts}")
         for name in ("target_hidden_size", "target_num_hidden_layers", "num_key_value_heads", "head_dim"):
@@ -89,21 +107,32 @@ class ConFuAdapterConfig(PeftConfig):
             self.num_key_value_heads,
             self.head_dim,
         )
-        return {
+        shapes = {
             "confu_prompts": per_layer if kv else (self.num_virtual_tokens, width),
             "confu_experts": (self.num_experts, width),
             "confu_router": (self.num_experts, len(self.target_layer_ids) * width),
         }
+        if self.lora_rank:
+            inputs, outputs = map(sum, zip(*self.lora_widths.values(), strict=True))
+            shapes["confu_lora_down"] = (self.target_num_hidden_layers, self.lora_rank, inputs)
+            shapes["confu_lora_up"] = (self.target_num_hidden_layers, outputs, self.lora_rank)
+        return shapes
 
-    def fit(self, target_config: PreTrainedConfig) -> None:
+    @property
+    def lora_scale(self) -> float:
+        return LORA_SCALE if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+
+    def fit(self, target: PreTrainedModel) -> None:
         """Fill in the geometry that is missing; raise a `ValueError` where what is given is another target's."""
-        geometry = target_geometry(target_config)
+        geometry = target_geometry(target.config)
+        if self.lora_rank:
+            geometry["lora_widths"] = projection_widths(target, self.lora_target_modules)
         for name, expected in geometry.items():
             if getattr(self, name) not in (None, expected):
                 raise refusal(
                     "The ConFu adapter was made for another target",
                     got=f"{name}={getattr(self, name)}",
-                    expected=f"{expected} (of this {target_config.model_type} model)",
+                    expected=f"{expected} (of this {target.config.model_type} model)",
                     fix="Load the adapter trained for this target, or train one: `ConFuAssistant.from_target(model)`.",
                 )
         for name, expected in geometry.items():
@@ -117,7 +146,7 @@ def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def target_geometry(target_config: PreTrainedConfig) -> dict[str, int]:
+def target_geometry(target_config: PreTrainedConfig) -> dict[str, Any]:
     """What an adapter's shapes depend on, by the names of its own fields."""
     geometry = TargetGeometry.of(target_config)
     return {

@@ -23,11 +23,13 @@ from .config import ConFuAdapterConfig
 
 CHILD_NAME = "confu"
 WEIGHT_NAMES = ("confu_prompts", "confu_experts", "confu_router")
+LORA_NAMES = ("confu_lora_down", "confu_lora_up")  # of adapters with a `lora_rank`
+ALL_NAMES = WEIGHT_NAMES + LORA_NAMES
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 # With the prefix in files and in a `PeftModel`, without it where PEFT injected into the target itself.
-_KEY = re.compile(rf"(?:base_model\.model\.)?{CHILD_NAME}\.({'|'.join(WEIGHT_NAMES)})\.weight")
+_KEY = re.compile(rf"(?:base_model\.model\.)?{CHILD_NAME}\.({'|'.join(ALL_NAMES)})\.weight")
 
 
 def by_short_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -42,11 +44,11 @@ def by_short_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def state_dict_keys(adapter_name: str) -> set[str]:
     """The keys of an adapter in its target's state dict."""
-    return {f"{CHILD_NAME}.{name}.{adapter_name}.weight" for name in WEIGHT_NAMES}
+    return {f"{CHILD_NAME}.{name}.{adapter_name}.weight" for name in ALL_NAMES}
 
 
 def check_adapter_weights(config: ConFuAdapterConfig, weights: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Raise a `ValueError` unless `weights` (by short name) are the three that `config` asks for, finite."""
+    """Raise a `ValueError` unless `weights` (by short name) are those that `config` asks for, finite."""
     fix = "Download the adapter again, or save it again with `save_pretrained`."
     shapes = config.shapes()
     if set(weights) != set(shapes):
@@ -113,6 +115,7 @@ def _read_config(folder: Path) -> ConFuAdapterConfig:
             fix="Pass a folder with a ConFu adapter.",
         )
     geometry = ("target_hidden_size", "target_num_hidden_layers", "num_key_value_heads", "head_dim")
+    geometry += ("lora_widths",) if config.lora_rank else ()
     missing = [name for name in geometry if getattr(config, name) is None]
     if missing:
         raise refusal(
@@ -132,7 +135,7 @@ def save_adapter_folder(folder: str | Path, config: ConFuAdapterConfig, weights:
     config.save_pretrained(str(folder))
     tensors = {
         f"base_model.model.{CHILD_NAME}.{name}.weight": weights[name].detach().cpu().contiguous()
-        for name in WEIGHT_NAMES
+        for name in config.shapes()
     }
     save_file(tensors, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
     record_checksum(folder / ADAPTER_CONFIG_NAME, tensors)

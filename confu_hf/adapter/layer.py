@@ -16,7 +16,8 @@ from ..compat import BaseTunerLayer
 from ..errors import refusal
 from ..experts import mix_experts
 from .config import ConFuAdapterConfig
-from .files import WEIGHT_NAMES, check_adapter_weights
+from .files import ALL_NAMES, check_adapter_weights
+from .low_rank import LowRank
 
 
 class ConFuWeight(nn.Module):
@@ -33,7 +34,7 @@ class ConFuWeight(nn.Module):
 class ConFuLayer(nn.Module, BaseTunerLayer):
     """The adapters of a target, by name. Passive: no module of the target calls it."""
 
-    adapter_layer_names = WEIGHT_NAMES
+    adapter_layer_names = ALL_NAMES
     other_param_names = ("configs",)
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -41,6 +42,8 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
         self.confu_prompts = nn.ModuleDict()
         self.confu_experts = nn.ModuleDict()
         self.confu_router = nn.ModuleDict()
+        self.confu_lora_down = nn.ModuleDict()
+        self.confu_lora_up = nn.ModuleDict()
         self.configs: dict[str, ConFuAdapterConfig] = {}
         self.merged_adapters = []
         self._active_adapter = []
@@ -66,6 +69,10 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
             getattr(self, name)[adapter_name] = module
             if config.inference_mode:
                 nn.init.constant_(module.weight, float("nan"))  # a weight that a file forgets is seen, not made up
+            elif name == "confu_lora_up":
+                nn.init.zeros_(module.weight)  # so that it starts as no change
+            elif name == "confu_lora_down":
+                nn.init.normal_(module.weight, std=config.target_hidden_size**-0.5)
             else:
                 nn.init.normal_(module.weight, std=config.initializer_range)
         self.configs[adapter_name] = config
@@ -103,6 +110,10 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
         """
         return self.confu_prompts[adapter_name or self._current()]()
 
+    def router_weight(self) -> torch.Tensor:
+        """`(n_expert, 3 d)`, of the active adapter's mixture."""
+        return self.confu_router[self._current()]()
+
     def contemplate_embedding(self, features: torch.Tensor, adapter_name: str | None = None) -> torch.Tensor:
         """Features `(..., 3 d)` -> input embedding of the contemplate token `(..., d)`, in the dtype of `features`."""
         return self(features, adapter_name)
@@ -113,15 +124,26 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
         mixed = mix_experts(features, self.confu_router[name](), self.confu_experts[name](), top_k)
         return mixed.to(features.dtype)
 
+    def low_rank(self, target: nn.Module, adapter_name: str | None = None) -> LowRank | None:
+        """What contemplate tokens add to the projections of `target`, differentiable; None without a `lora_rank`."""
+        name = adapter_name or self._current()
+        config = self.configs[name]
+        if not config.lora_rank:
+            return None
+        down, up = self.confu_lora_down[name](), self.confu_lora_up[name]()
+        return LowRank(target, config.lora_widths, down, up, config.lora_scale)
+
     def adapter_weights(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        """The three weights of an adapter, by short name, detached."""
-        return {name: getattr(self, name)[adapter_name].weight.detach() for name in WEIGHT_NAMES}
+        """The weights of an adapter, by short name, detached."""
+        return {
+            name: getattr(self, name)[adapter_name].weight.detach() for name in self.configs[adapter_name].shapes()
+        }
 
     @torch.no_grad()
     def set_adapter_weights(self, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
         """Copy weights, by short name, into an adapter; nothing is copied unless they fit."""
         check_adapter_weights(self.configs[adapter_name], weights, source=f"adapter {adapter_name!r}")
-        for name in WEIGHT_NAMES:
+        for name in self.configs[adapter_name].shapes():
             getattr(self, name)[adapter_name].weight.copy_(weights[name])
 
     def check_weights(self, adapter_name: str) -> None:
@@ -130,7 +152,7 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
         Adapters that PEFT or Transformers loaded pass through here alone. Every version of the weights is looked at
         once; those that an offloading hook keeps elsewhere are not.
         """
-        weights = [getattr(self, name)[adapter_name].weight for name in WEIGHT_NAMES]
+        weights = [getattr(self, name)[adapter_name].weight for name in self.configs[adapter_name].shapes()]
         versions = [_version(weight) for weight in weights]
         known, known_versions = self._checked.get(adapter_name, ((), ()))
         unchanged = len(known) == len(weights) and all(old is new for old, new in zip(known, weights, strict=True))
@@ -168,7 +190,7 @@ class ConFuLayer(nn.Module, BaseTunerLayer):
         return self.current
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for name in WEIGHT_NAMES:
+        for name in ALL_NAMES:
             weights = getattr(self, name)
             if adapter_name in weights and not weights[adapter_name].weight.is_meta:
                 weights[adapter_name].to(device or self.placement.device, dtype=self.placement.dtype)

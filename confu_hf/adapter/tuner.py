@@ -13,6 +13,7 @@ its soft prompts, `decoding/` embeds contemplate tokens with it, `assistant/assi
         confu_prompts.<adapter>.weight      (L, 2, S, kv_heads, head_dim) for "kv", (S, d) for "embedding"
         confu_experts.<adapter>.weight      (E, d)
         confu_router.<adapter>.weight       (E, 3 d)
+        confu_lora_{down,up}.<adapter>.weight   with `lora_rank` alone, see low_rank.py
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ConFuTuner(BaseTuner):
         """Add `model.confu` and freeze the target, as every PEFT method does. On a misfit it stays as it was."""
         config = self.peft_config[adapter_name]
         try:
-            config.fit(model.config)
+            config.fit(model)
         except ValueError:
             self.peft_config.pop(adapter_name)
             compat.forget_adapters(model)

@@ -25,7 +25,9 @@ from ..decoding.contemplation import Contemplator
 from ..decoding.cost_policy import CostPolicy
 from ..decoding.drafting import Drafter, NetworkDrafter
 from ..decoding.experience import Experience
+from ..decoding.lookup import CombinedDrafter
 from ..decoding.policy import FixedPolicy, Policy
+from ..decoding.replay import TreeReplay
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
 from ..hub.pair import read_pair, write_pair
@@ -33,17 +35,21 @@ from ..modeling_confu import ConFuDraftModel
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
-from .routing import route, unroute
+from .routing import release, route, serve
 
-ADAPTER_FIELDS = ("num_virtual_tokens", "soft_prompt_type", "num_experts", "num_experts_per_token")
+ADAPTER_FIELDS = (
+    "num_virtual_tokens",
+    "soft_prompt_type",
+    "num_experts",
+    "num_experts_per_token",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target_modules",
+)
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
 
 
 on_injection(route)
-
-
-# Which assistants a target serves: the last to detach takes the route away.
-_assistants: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
 
 class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
@@ -91,12 +97,14 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         target: PreTrainedModel | PeftModel | None = None,
         **kwargs: Any,
     ) -> ConFuAssistant:
-        """Load a draft and its adapter from a folder or a Hub repository.
+        """Load a draft and its adapter, or an EAGLE-3 draft of another project, from a folder or a Hub repository.
 
         Args:
             target: attach to this model, in place; the draft takes its dtype and device, unless `dtype` or
-                `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT.
-            **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...
+                `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT. Drafts of other
+                projects need it.
+            **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...;
+                fields of the config to override; `allow_pickle=True` to read a foreign draft's `pytorch_model.bin`.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -111,7 +119,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
             embedding = target.get_input_embeddings().weight
             if not {"dtype", "torch_dtype"} & set(kwargs) and embedding.is_floating_point():
                 kwargs["dtype"] = embedding.dtype
-        pair = read_pair(path, adapter_required=target is not None, **kwargs)
+        pair = read_pair(path, adapter_required=target is not None, target=target, **kwargs)
         assistant, info = super().from_pretrained(
             None, *model_args, config=pair.config, state_dict=pair.weights, output_loading_info=True, **pair.arguments
         )
@@ -128,8 +136,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """A fresh, untrained pair for a target, attached: the start of training, and of tests.
 
         Args:
-            **config: fields of [`ConFuConfig`], and `num_virtual_tokens`, `soft_prompt_type`, `num_experts`,
-                `num_experts_per_token` of [`ConFuAdapterConfig`].
+            **config: fields of [`ConFuConfig`], and those of [`ConFuAdapterConfig`] that are in `ADAPTER_FIELDS`.
         """
         target = base_model(model)
         check_supported(target)
@@ -174,8 +181,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         else:
             self._attachment = Attachment(weakref.ref(target))
         self._adapter = None
-        route(target)
-        _assistants.setdefault(target, weakref.WeakSet()).add(self)
+        serve(target, self)
         return self
 
     def detach(self) -> PreTrainedModel | None:
@@ -185,9 +191,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         if target is None:
             return None
         attachment.undo()
-        _assistants[target].discard(self)
-        if not _assistants[target] and confu_layer(target) is None:
-            unroute(target)
+        release(target, self)
         return target
 
     @property
@@ -195,9 +199,10 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """The model that this assistant is attached to, if any."""
         return None if self._attachment is None else self._attachment.target
 
-    def new_drafter(self, target: PreTrainedModel) -> Drafter:
+    def new_drafter(self, target: PreTrainedModel, options: TreeOptions) -> Drafter:
         """Who drafts in one call of `generate`. Override it to draft in another way."""
-        return NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
+        network = NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
+        return CombinedDrafter(network) if options.lookup else network
 
     def new_policy(self, options: TreeOptions) -> Policy:
         """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
@@ -207,6 +212,13 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """Contemplation with this assistant's own adapter, or with the target's active one."""
         layer = confu_layer(target)
         return Contemplator(target, layer, self.adapter_name(target) or layer.current)
+
+    def replay(self, options: TreeOptions) -> TreeReplay:
+        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target."""
+        target = self.target
+        contemplates = self.config.contemplate and options.contemplate
+        contemplator = self.contemplator(target) if contemplates else None
+        return TreeReplay(lambda: self.new_drafter(target), contemplator, self.config.target_layer_ids, options)
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""

@@ -5,12 +5,15 @@ EAGLE-3 mode has no `Contemplator`. The adapter is held by name: which one is ac
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..adapter.layer import ConFuLayer
-from ..target.passes import Verified
+from ..target.context import ContemplateContext
+from ..target.passes import Verified, contemplate_anchors
 from ..target.soft_prompts import soft_prompt_key_values
 from ..tree.draft_tree import DraftTree
 from ..tree.ends import likeliest_ends, nearest_contemplated
@@ -26,6 +29,11 @@ class Contemplator:
 
     def __init__(self, target: PreTrainedModel, layer: ConFuLayer, adapter_name: str):
         self.target, self.layer, self.adapter_name = target, layer, adapter_name
+        self.low_rank = layer.low_rank(target, adapter_name)
+
+    def acting(self, count: int | None = None) -> AbstractContextManager:
+        """Within it, a pass gives its last `count` rows (None = all) what contemplate tokens add to projections."""
+        return nullcontext() if self.low_rank is None or count == 0 else self.low_rank.acting(count)
 
     def soft_prompts(self) -> Tensor:
         """`(L, 2, S, kv_heads, head_dim)`, keys and values that contemplate tokens see in front of everything."""
@@ -40,6 +48,22 @@ class Contemplator:
     def embedding(self, features: Tensor) -> Tensor:
         """`(B, 3 d)`, features of the newest known position -> `(B, d)`, the input of all contemplate tokens."""
         return self.layer.contemplate_embedding(features, self.adapter_name)
+
+    def anchors(self, cache: Cache, features: Tensor, positions: Tensor, layer_ids: list[int]) -> Tensor:
+        """Contemplate after positions of a finished text, as after the nodes of one verify pass.
+
+        Args:
+            cache: keys and values of the text. features: `(B, 3 d)`, of the newest position that is known.
+            positions: `(B, A)` long.
+
+        Returns:
+            Futures `(B, A, 3 d)`.
+        """
+        embeddings = self.embedding(features)[:, None].expand(-1, positions.shape[1], -1)
+        visible = torch.arange(cache.get_seq_length(), device=positions.device) <= positions[..., None]
+        context = ContemplateContext(cache, self.soft_prompts())
+        with self.acting():
+            return contemplate_anchors(self.target, context, embeddings, positions + 1, visible, layer_ids)[0]
 
     def future(
         self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance

@@ -147,10 +147,12 @@ class Decoder:
         )
 
     def _verify(self, layout: VerifyLayout, state: DecodingState) -> Verified:
-        embedding = None
-        if layout.contemplate_nodes.shape[1]:
-            embedding = self.contemplator.embedding(state.features)
-        return verify(self.target, layout, embedding, self.cache, self.layer_ids)
+        count = layout.contemplate_nodes.shape[1]
+        if not count:
+            return verify(self.target, layout, None, self.cache, self.layer_ids)
+        embedding = self.contemplator.embedding(state.features)
+        with self.contemplator.acting(count):
+            return verify(self.target, layout, embedding, self.cache, self.layer_ids)
 
     def _keep(
         self, state: DecodingState, tree: DraftTree, layout: VerifyLayout, verified: Verified, acceptance: Acceptance

@@ -1,6 +1,8 @@
-"""`ContemplateContext`: the finished pass that contemplate tokens read in training."""
+"""What is kept of finished passes: `ContemplateContext`, which contemplate tokens read, and `KnownTexts`."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -73,3 +75,20 @@ class ContemplateContext(Cache):
             layers.append(_ContextLayer(layer.keys, layer.values, None if soft_prompts is None else soft_prompts[i]))
         super().__init__(layers=layers)
         self.soft_prompt_length = 0 if soft_prompts is None else soft_prompts.shape[2]
+
+
+@dataclass(frozen=True)
+class KnownTexts:
+    """Prompts and answers, `B` of them, and what the target makes of them.
+
+    Attributes:
+        input_ids: `(B, N)` long, padded on the right. features: `(B, N, 3 d)` of every position.
+        cache: keys and values of all positions, for contemplate tokens; None = without contemplation.
+        prompt_lengths, lengths: `(B,)` long, tokens of the prompt, and of prompt and answer.
+    """
+
+    input_ids: Tensor
+    features: Tensor
+    cache: Cache | None
+    prompt_lengths: Tensor
+    lengths: Tensor

@@ -50,7 +50,7 @@ def load_conversations(
     eos_token_id: int,
     min_answer: int = 4,
 ) -> Dataset:
-    """Read `messages` files into `input_ids`, `labels`, `length`, `index`.
+    """Read `messages` files into `input_ids`, `labels`, `length`, `task`, `greedy` (no `temperature`, or 0) and `index`.
 
     jsonl, jsonl.gz, parquet: anything `datasets` opens by extension. Answers of fewer than `min_answer` tokens teach the draft nothing and are left out.
     """
@@ -66,7 +66,8 @@ def load_conversations(
 
     def convert(example: dict[str, Any]) -> dict[str, Any]:
         tokens = tokenize_conversation(example, tokenizer, max_length, eos_token_id)
-        return {**tokens, "length": len(tokens["input_ids"])}
+        task, greedy = example.get("task") or "all", not example.get("temperature")
+        return {**tokens, "length": len(tokens["input_ids"]), "task": task, "greedy": greedy}
 
     tokens = raw.map(convert, remove_columns=raw.column_names)
     tokens = tokens.filter(lambda row: sum(label != IGNORED for label in row["labels"]) >= min_answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from ..target.context import ContemplateContext
 from ..target.passes import contemplate_anchors
 from ..target.soft_prompts import soft_prompt_key_values
 from ..target.weights import head_rows
+from .health import router_use
 from .losses import linear_kl
 from .rows import DraftRows, gather_rows
 from .teacher import TeacherView
@@ -46,6 +48,7 @@ class RowFutures:
     present: Tensor  # (B, R) bool
     anchors: Anchors
     last: Tensor  # (B, A, d) the contemplate tokens' own states behind the target's last norm
+    routers: dict[str, Tensor]  # how the two mixtures' routers are used, see health.py
 
 
 def row_futures(
@@ -66,23 +69,31 @@ def row_futures(
     batch, count = rows.starts.shape
     sources = (anchors.positions - anchors.lag).clamp_min(0)
     layer = target.confu
-    embeddings = layer.contemplate_embedding(gather_rows(features, sources))  # (B, A, d)
+    read = gather_rows(features, sources)
+    embeddings = layer.contemplate_embedding(read)  # (B, A, d)
     visible = torch.arange(features.shape[1], device=device) <= anchors.positions[..., None]  # (B, A, N)
-    futures, last = contemplate_anchors(
-        target,
-        ContemplateContext(view.cache, soft_prompts(target)),
-        embeddings,
-        anchors.positions + 1,
-        visible,
-        draft.config.target_layer_ids,
-    )  # (B, A, 3 d), (B, A, d)
+    low_rank = layer.low_rank(target)
+    with nullcontext() if low_rank is None else low_rank.acting():
+        futures, last = contemplate_anchors(
+            target,
+            ContemplateContext(view.cache, soft_prompts(target)),
+            embeddings,
+            anchors.positions + 1,
+            visible,
+            draft.config.target_layer_ids,
+        )  # (B, A, 3 d), (B, A, d)
     every_row = torch.arange(count, device=device).expand(batch, -1).contiguous()
     latest = torch.searchsorted(anchors.rows, every_row, right=True) - 1  # (B, R), -1 before the first anchor
     distance = rows.starts - anchors.positions.gather(1, latest.clamp_min(0))
     present = (latest >= 0) & (distance < replication) & rows.valid[0]
-    embeds = draft.future_mixture(gather_rows(hidden_states, rows.starts))
+    own = gather_rows(hidden_states, rows.starts)
+    embeds, mixture = draft.future_mixture(own), draft.future_mixture
     states = gather_rows(draft.fuse_future(futures.to(hidden_states.dtype)), latest.clamp_min(0))
-    return RowFutures(embeds, states, present, anchors, last)
+    routers = {
+        "contemplate": router_use(read, layer.router_weight(), layer.config.num_experts_per_token, anchors.exist),
+        "future": router_use(own, mixture.router.weight, mixture.top_k, present),
+    }
+    return RowFutures(embeds, states, present, anchors, last, routers)
 
 
 def soft_prompts(target: PreTrainedModel) -> Tensor:

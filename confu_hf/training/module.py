@@ -113,7 +113,7 @@ class ConFuForTraining(nn.Module):
         Returns:
             `numerators` and `denominators` `(K + 1,)`, see [`LossTerms`], and `loss`, their ratios' sum; `accepted`
             `(B, 2)`: sum of chain accepted lengths and number of rows per sequence; `correct` `(B, K, 2)`: right guesses
-            and guesses per step.
+            and guesses per step. In training with contemplation also `routers`, see health.py.
         """
         rows, contemplate = DraftRows.of(labels, self.objective.ttt_steps), self.draft.config.contemplate
         view = self.teacher.view(
@@ -138,7 +138,8 @@ class ConFuForTraining(nn.Module):
         terms = LossTerms(torch.stack([*numerators, extra]), self._denominators(rows))
         # A row that was left out at random says nothing of its chain; one that went wrong says all.
         known = attempted if self.objective.deep_rows == "random" else rows.valid
-        return {**terms.outputs(), **_guesses(correct, attempted, known)}
+        routers = {} if futures is None or not self.training else {"routers": futures.routers}
+        return {**terms.outputs(), **_guesses(correct, attempted, known), **routers}
 
     def denominators(self, labels: Tensor) -> Tensor:
         """`(K + 1,)`: what the numerators of this batch are to be divided by, known before it has run."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..compat import multiplies_bfloat16
 
 ADAPTER_MARK = "confu_"  # in the names of the adapter's weights
+LORA_MARK = "confu_lora"
 NOT_MUON = ("lm_head", "embed_tokens", "mixture", ADAPTER_MARK)
 
 # Keller Jordan's quintic iteration, as in torch.optim.Muon.
@@ -93,6 +94,7 @@ class MuonAdamW(torch.optim.Optimizer):
         named_parameters: those that require a gradient.
         lr: learning rate of both; Muon's steps are scaled to the size of AdamW's.
         adapter_lr: learning rate of soft prompts and experts; None = `lr`.
+        lora_lr: learning rate of the gated LoRA; None = `lr`.
         betas, eps, weight_decay: of AdamW; weight decay is Muon's as well.
     """
 
@@ -101,19 +103,23 @@ class MuonAdamW(torch.optim.Optimizer):
         named_parameters: list[tuple[str, nn.Parameter]],
         lr: float,
         adapter_lr: float | None = None,
+        lora_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        matrices, adapter, others = [], [], []
+        matrices, adapter, lora, others = [], [], [], []
         for name, parameter in named_parameters:
-            if ADAPTER_MARK in name:
+            if LORA_MARK in name:
+                lora.append(parameter)
+            elif ADAPTER_MARK in name:
                 adapter.append(parameter)
             elif parameter.ndim == 2 and not any(mark in name for mark in NOT_MUON):
                 matrices.append(parameter)
             else:
                 others.append(parameter)
-        groups = [{"params": others, "lr": lr}, {"params": adapter, "lr": lr if adapter_lr is None else adapter_lr}]
+        rates = ((others, None), (adapter, adapter_lr), (lora, lora_lr))
+        groups = [{"params": part, "lr": lr if rate is None else rate} for part, rate in rates]
         self.parts = [
             Muon(matrices, lr=lr, weight_decay=weight_decay),
             torch.optim.AdamW(

@@ -6,7 +6,7 @@ Loading and attaching are left to the caller: training knows no assistant.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,6 +56,9 @@ class AdapterShape:
     num_virtual_tokens: int = 16
     num_experts: int = 8
     num_experts_per_token: int = 2
+    lora_rank: int = field(default=0, metadata={"help": "low-rank products for contemplate tokens alone; 0 = none"})
+    lora_alpha: float | None = field(default=None, metadata={"help": "scaled by alpha / rank; default by 16"})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "default all projections"})
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,19 @@ def confu_from_eagle3(draft_class: type[ConFuDraftModel], eagle3: ConFuDraftMode
     return draft
 
 
-def add_adapter(target: PreTrainedModel, draft: ConFuDraftModel, shape: AdapterShape | None = None) -> None:
+def add_adapter(
+    target: PreTrainedModel,
+    draft: ConFuDraftModel,
+    shape: AdapterShape | None = None,
+    start: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Soft prompts and experts on the target, for a ConFu draft.
 
     Soft prompts start as the keys and values of random tokens of the draft's vocabulary, experts around the mean
-    embedding.
+    embedding; a gated LoRA starts as no change.
+
+    Args:
+        start: weights of another adapter, by short name, that this one goes on from; what it has not starts anew.
     """
     layers, kv_heads, head_dim = attention_geometry(target.config)
     config = ConFuAdapterConfig(
@@ -127,6 +138,8 @@ def add_adapter(target: PreTrainedModel, draft: ConFuDraftModel, shape: AdapterS
         weight.copy_(soft_prompt_key_values(target, embeds) if layer.soft_prompt_type == "kv" else embeds)
         mean = table[draft.draft_token_ids.to(table.device)].mean(0)
         layer.confu_experts[layer.current].weight.add_(mean)
+    if start is not None:
+        layer.set_adapter_weights(layer.current, {**layer.adapter_weights(layer.current), **start})
 
 
 def open_store(

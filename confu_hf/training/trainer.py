@@ -24,23 +24,13 @@ from ..compat import multiplies_bfloat16
 from ..errors import refusal
 from ..hub.pair import read_pair, write_pair
 from .data import answer_lengths, total_lengths
+from .evaluation import HeldOut, Replay, acceptance_metrics, replayed, tree_metrics
+from .health import check_gradients, router_metrics
 from .losses import LossTerms
 from .module import ConFuForTraining
 from .optimizer import MuonAdamW
 
 TOKENS_SEEN = "answer_tokens_seen"
-
-
-def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of the trainer: chain accepted length (bonus included) and the share of right guesses per
-    depth."""
-    accepted, correct = prediction.predictions
-    totals = accepted.sum(0)
-    per_depth = correct.sum(0)
-    metrics = {"accepted_length": float(totals[0] / max(totals[1], 1))}
-    for depth, (right, guesses) in enumerate(per_depth, start=1):
-        metrics[f"accuracy_depth_{depth}"] = float(right / max(guesses, 1))
-    return metrics
 
 
 class EpochOrder(Sampler):
@@ -74,6 +64,9 @@ class ConFuTrainer(Trainer):
         muon: optimise with [`MuonAdamW`], by the learning rate, betas and weight decay of the `TrainingArguments`;
             False leaves the choice to their `optim`.
         adapter_learning_rate: of soft prompts and experts, with `muon`; None = the same.
+        lora_learning_rate: of the adapter's gated LoRA, with `muon`; None = the same.
+        replay: evaluation also counts accepted lengths in trees, `eval_tree_accepted_length` and one for each task of the
+            held-out answers that were written greedily. As `metric_for_best_model` it keeps the best checkpoint.
     """
 
     def __init__(
@@ -82,12 +75,21 @@ class ConFuTrainer(Trainer):
         *args: Any,
         muon: bool = False,
         adapter_learning_rate: float | None = None,
+        lora_learning_rate: float | None = None,
+        replay: Replay | None = None,
         **kwargs: Any,
     ):
-        self.muon, self.adapter_learning_rate = muon, adapter_learning_rate
-        kwargs.setdefault("compute_metrics", acceptance_metrics)
+        self.muon, self.adapter_learning_rate, self.lora_learning_rate = (
+            muon,
+            adapter_learning_rate,
+            lora_learning_rate,
+        )
+        self.replay, self._held_out = replay, HeldOut([])
+        kwargs.setdefault("compute_metrics", self._metrics)
         super().__init__(model, *args, **kwargs)
         self._window = np.zeros(3)  # summed accepted lengths, their rows, answer tokens drafted for
+        self._routers: dict[str, torch.Tensor] = {}  # summed use of the experts
+        self._sequences: list[int] = []  # of the step that is being computed
         if self.args.n_gpu > 1:
             raise refusal(
                 "ConFuTrainer",
@@ -124,6 +126,7 @@ class ConFuTrainer(Trainer):
             named,
             lr=self.args.learning_rate,
             adapter_lr=self.adapter_learning_rate,
+            lora_lr=self.lora_learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
             weight_decay=self.args.weight_decay,
@@ -141,6 +144,21 @@ class ConFuTrainer(Trainer):
         counts = sum(module.denominators(batch["labels"]).to(device) for batch in batches)
         return batches, self.accelerator.reduce(counts, reduction="sum")
 
+    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
+        """As the `Trainer`'s; gradients that are no numbers stop the run before the optimizer takes them."""
+        self._sequences += inputs["index"].tolist() if "index" in inputs else []
+        loss = super().training_step(model, inputs, *args)
+        if self.accelerator.sync_gradients:
+            if self.accelerator.scaler is None:  # float16's scaler leaves such steps out by itself
+                check_gradients(
+                    model.parameters(),
+                    step=self.state.global_step + 1,
+                    sequences=self._sequences,
+                    folder=self.args.output_dir,
+                )
+            self._sequences = []
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`num_items_in_batch`: from [`get_batch_samples`]; in evaluation a batch is its own whole."""
         outputs = model(**inputs)
@@ -148,15 +166,35 @@ class ConFuTrainer(Trainer):
         if model.training:
             accepted = outputs["accepted"].detach().sum(0).tolist()
             self._window += (*accepted, outputs["correct"][:, 0, 1].sum().item())
+            for name, use in outputs.get("routers", {}).items():
+                self._routers[name] = self._routers.get(name, 0) + use
             if num_items_in_batch is not None:
                 loss = LossTerms(outputs["numerators"], outputs["denominators"]).mean(num_items_in_batch)
                 # Gradients, and what is logged, are averaged over processes, which have divided by the sum already.
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        if self.replay is not None and not isinstance(rows, dict):
+            self._held_out = HeldOut(rows)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         ignored = [*(ignore_keys or []), "numerators", "denominators"]
-        return super().prediction_step(model, inputs, prediction_loss_only, ignored)
+        loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignored)
+        if self.replay is not None and outputs is not None:
+            module = self.accelerator.unwrap_model(self.model)
+            outputs = (*outputs, *replayed(module, self.replay, self._held_out, self._prepare_inputs(inputs)))
+        return loss, outputs, labels
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        metrics = acceptance_metrics(prediction)
+        if self.replay is not None:
+            totals, numbers = prediction.predictions[2:]
+            metrics |= tree_metrics(totals, numbers[:, 0], self._held_out.names)
+        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -169,6 +207,9 @@ class ConFuTrainer(Trainer):
             if rows:
                 logs["train_accepted_length"] = round(accepted / rows, 3)
                 logs[TOKENS_SEEN] = before + int(tokens)
+            for name, use in sorted(self._routers.items()):
+                logs |= router_metrics(name, self.accelerator.reduce(use, reduction="sum"))
+            self._routers = {}
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
