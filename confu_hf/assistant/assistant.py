@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +226,14 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         return Contemplator(target, layer, self.adapter_name(target) or layer.current)
 
     def replay(self, options: TreeOptions) -> TreeReplay:
-        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target."""
-        target = self.target
+        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target.
+
+        The network alone drafts, the same tree in every round: what is counted is what training changes.
+        """
+        target, options = self.target, replace(options, lookup=False)
         contemplates = self.config.contemplate and options.contemplate
         contemplator = self.contemplator(target) if contemplates else None
-        return TreeReplay(lambda: self.new_drafter(target), contemplator, self.config.target_layer_ids, options)
+        return TreeReplay(lambda: self.new_drafter(target, options), contemplator, self.config.target_layer_ids, options)
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""
