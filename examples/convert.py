@@ -15,9 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from _smollm2 import HUB_ID, load_target
-from transformers import AutoConfig, PreTrainedConfig
+from _smollm2 import load_target
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from confu_hf.hub.conversion import speculators
 from confu_hf.hub.conversion.formats import WRITABLE, write_eagle3
 from confu_hf.hub.conversion.layer import ExportTarget
 from confu_hf.hub.pair import read_pair, write_pair
@@ -52,13 +53,14 @@ def fields(settings: list[str]) -> dict[str, Any]:
     return {name: json.loads(value) for name, _, value in parts}
 
 
-def target_config(name: str | None) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(name) if name else load_target()[0].config
+def find_target(name: str | None, *, weights: bool) -> PreTrainedModel | PreTrainedConfig:
+    """The target, or its config alone where its weights are not needed."""
+    return AutoConfig.from_pretrained(name) if name and not weights else load_target(name, "auto")[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    target = target_config(args.target)
+    target = find_target(args.target, weights=args.format == speculators.FORMAT.name)
     pair = read_pair(
         args.input, target=target, allow_pickle=True, revision=args.revision, dtype="auto", **fields(args.set)
     )
@@ -67,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         draft.generation_config = pair.generation_config
         write_pair(args.output, draft, pair.adapter)
     else:
-        name = args.target or HUB_ID
-        write_eagle3(args.output, draft, args.format, ExportTarget(name, tuple(target.architectures or ())))
+        known = ExportTarget() if isinstance(target, PreTrainedConfig) else ExportTarget.of(target, args.target)
+        write_eagle3(args.output, draft, args.format, known)
     print(f"{args.output}: {sorted(path.name for path in args.output.iterdir())}")
 
 

@@ -127,8 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer.save_pretrained(target)
         for name in args.formats:
             draft = Path(work) / name
-            known = ExportTarget(str(target), tuple(model.config.architectures or ()))
-            write_eagle3(draft, eagle3, name, known)
+            write_eagle3(draft, eagle3, name, ExportTarget.of(model, str(target)))
             theirs, versions = engine_answers(target, draft, ids, args, Path(work))
             rows.append(row(f"vLLM, {name}", theirs, ours))
             figures[name] = theirs.__dict__

@@ -1,4 +1,9 @@
-"""Trains a draft for a target on the target's own answers: stage 1 EAGLE-3, stage 2 ConFu from it.
+"""Trains a draft for a target on the target's own answers: all of it in a given time, or stage by stage.
+
+    python examples/train.py --recipe confu --max_minutes 60 --output_dir runs/pair
+
+lets the target answer prompts (`--prompts`; without, a few hundred of the project's own), trains EAGLE-3, ConFu from it and
+EAGLE-3's twin for as many steps, and compares them in trees; started again it goes on where it was (confu_hf/training/recipe.py).
 
     python examples/train.py --stage eagle3 --data answers.jsonl --output_dir eagle3 --max_steps 1000
     python examples/train.py --stage confu --init_from eagle3 --data answers.jsonl --output_dir confu --max_steps 1000
@@ -11,28 +16,52 @@ on exactly where its last checkpoint was.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import _allocator
+
+    _allocator.keep_freed_memory()
+
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-import torch
+from _prompts import read_prompts, read_questions, user_texts
 from _smollm2 import load_target
+from _templates import template_prompts
 from datasets import Dataset
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from confu_hf import ConFuAssistant
+from confu_hf.acceleration.packing import packed_linears
+from confu_hf.errors import refusal
 from confu_hf.options import TreeOptions
-from confu_hf.training.data import ConversationCollator, load_conversations
+from confu_hf.training.answers import Question
+from confu_hf.training.data import ConversationCollator, load_conversations, split_held_out
 from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
 from confu_hf.training.optimizer import product_dtype
-from confu_hf.training.pair import AdapterShape, DraftShape, add_adapter, confu_from_eagle3, fresh_draft, open_store
+from confu_hf.training.overlap import OverlapIndex
+from confu_hf.training.pair import AdapterShape, DraftShape, open_store, starting_pair
+from confu_hf.training.recipe import SHARES, Recipe, RecipeOptions, summary
 from confu_hf.training.trainer import ConFuTrainer
 
 
 @dataclass
 class ScriptArguments:
-    data: list[str] = field(metadata={"help": "files with `messages`, answers written by the target"})
+    data: list[str] | None = field(
+        default=None, metadata={"help": "files with `messages`, answers written by the target"}
+    )
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "all stages in --max_minutes, with settings of its own", "choices": list(SHARES)},
+    )
+    max_minutes: float = field(default=15.0, metadata={"help": "what a recipe may take, interruptions left out"})
+    prompts: list[str] | None = field(default=None, metadata={"help": "what a recipe has answered, as regenerate.py"})
+    exclude: list[str] = field(
+        default_factory=list, metadata={"help": "benchmarks: prompts that share text are left out"}
+    )
     stage: str = field(default="eagle3", metadata={"help": "eagle3 or confu", "choices": ["eagle3", "confu"]})
     target: str | None = field(default=None, metadata={"help": "Hub id or folder; default SmolLM2-135M-Instruct"})
     target_dtype: str = field(
@@ -43,6 +72,9 @@ class ScriptArguments:
     max_length: int = field(default=768, metadata={"help": "tokens per sequence, prompt included"})
     feature_store: str | None = field(default=None, metadata={"help": "folder to keep target features in"})
     store_caches: bool = field(default=False, metadata={"help": "keep the target's keys and values there, for confu"})
+    store_limit: float | None = field(
+        default=None, metadata={"help": "the most gigabytes for --feature_store; default 90 % of the free disk"}
+    )
     held_out: int = field(default=48, metadata={"help": "sequences kept out of training, for the accepted length"})
     trees: bool = field(
         default=True, metadata={"help": "count accepted lengths on held-out greedy answers in trees, by task"}
@@ -56,57 +88,81 @@ class ScriptArguments:
     lora_learning_rate: float | None = field(default=None, metadata={"help": "of the gated LoRA (--lora_rank)"})
 
 
-def build_pair(
-    arguments: ScriptArguments, draft_shape: DraftShape, adapter_shape: AdapterShape, target, rows, end_ids: list[int]
-) -> ConFuAssistant:
-    """The draft of this stage, from the target's own last layers or from a checkpoint; for ConFu with its adapter."""
-    contemplate = arguments.stage == "confu"
-    source = ConFuAssistant.from_pretrained(arguments.init_from, dtype=torch.float32) if arguments.init_from else None
-    if source is not None and source.config.contemplate == contemplate:
-        return source.attach(target)  # with its adapter, if it has one
-    if source is not None:
-        draft = confu_from_eagle3(ConFuAssistant, source)
-    else:
-        fresh = fresh_draft(ConFuAssistant, draft_shape, target, rows, contemplate=contemplate, always=end_ids)
-        draft = fresh.draft
-        print(f"draft vocabulary: {draft.config.draft_vocab_size} tokens cover {fresh.coverage:.1%} of the answers")
-        print("started from the target:", ", ".join(fresh.from_target))
-    if contemplate:
-        add_adapter(target, draft, adapter_shape)
-        draft.attach(target)
-    return draft
-
-
 def load_rows(arguments: ScriptArguments, tokenizer) -> tuple[Dataset, Dataset]:
     """Sequences to train on and to hold out, numbered through."""
     options = {"max_length": arguments.max_length, "eos_token_id": tokenizer.eos_token_id}
     rows = load_conversations(arguments.data, tokenizer, **options)
     if arguments.eval_data is None:
-        split = rows.train_test_split(test_size=arguments.held_out, seed=0)
-        return split["train"], split["test"]
+        return split_held_out(rows, arguments.held_out)
     held_out = load_conversations(arguments.eval_data, tokenizer, **options)
     numbers = range(len(rows), len(rows) + len(held_out))
     return rows, held_out.remove_columns("index").add_column("index", numbers)
 
 
+def run_recipe(
+    arguments: ScriptArguments, adapter_shape: AdapterShape, training: TrainingArguments, target, tokenizer
+) -> None:
+    """Everything in a given time."""
+    if training.world_size > 1:
+        raise refusal(
+            "--recipe",
+            got=f"{training.world_size} processes",
+            expected="one: each has a clock of its own",
+            fix="Run the stages one by one, as the README shows.",
+        )
+    benchmark = OverlapIndex(read_questions(arguments.exclude))
+    prompts = template_prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
+    questions = [
+        Question(prompt.id, prompt.task, prompt.messages, {"source": prompt.source, "licence": prompt.licence})
+        for prompt in prompts
+        if not any(benchmark.shares(text) for text in user_texts(prompt.messages))
+    ]
+    print(f"{len(questions)} of {len(prompts)} prompts; the others share text with --exclude")
+    options = RecipeOptions(
+        recipe=arguments.recipe,
+        max_minutes=arguments.max_minutes,
+        max_length=arguments.max_length,
+        seed=training.seed,
+        adapter=adapter_shape,
+    )
+
+    def packed(model):
+        return packed_linears(model, None) if model.device.type == "cpu" else nullcontext()
+
+    Recipe(training.output_dir, target, tokenizer, questions, ConFuAssistant, options, packed).run()
+    print(summary(training.output_dir))
+
+
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, DraftShape, AdapterShape, ConFuTrainingObjective, TrainingArguments))
     arguments, draft_shape, adapter_shape, objective, training = parser.parse_args_into_dataclasses()
+    if (arguments.data is None) == (arguments.recipe is None):
+        parser.error("give --data for one stage, or --recipe for all of them")
+    logging.get_logger("confu_hf").setLevel("INFO")
     set_seed(training.seed)
     dtype = product_dtype(training.device) if arguments.target_dtype == "auto" else arguments.target_dtype
-    target, tokenizer = load_target(arguments.target, dtype)
+    target, tokenizer = load_target(arguments.target, dtype, training.device)
+    if arguments.recipe is not None:
+        run_recipe(arguments, adapter_shape, training, target, tokenizer)
+        return
     ends = target.generation_config.eos_token_id
     end_ids = list(ends) if isinstance(ends, list) else [ends]
     rows, held_out = load_rows(arguments, tokenizer)
-    draft = build_pair(arguments, draft_shape, adapter_shape, target, rows, end_ids)
-    if draft.config.contemplate:
-        target.confu.float()
+    draft = starting_pair(
+        ConFuAssistant,
+        target,
+        rows,
+        contemplate=arguments.stage == "confu",
+        init_from=arguments.init_from,
+        draft_shape=draft_shape,
+        adapter_shape=adapter_shape,
+        always=end_ids,
+    )
     store = None
     if arguments.feature_store:
         name = arguments.target or "smollm2-135m-instruct"
-        store = open_store(
-            arguments.feature_store, target, draft, rows, held_out, name=name, store_caches=arguments.store_caches
-        )
+        options = {"store_caches": arguments.store_caches, "limit": arguments.store_limit}
+        store = open_store(arguments.feature_store, target, draft, rows, held_out, name=name, **options)
     tree = TreeOptions(total_tokens=arguments.tree_tokens, depth=arguments.tree_depth, top_k=arguments.tree_top_k)
     training.train_sampling_strategy = "group_by_length"
     training.label_names = ["labels"]

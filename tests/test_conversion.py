@@ -31,6 +31,7 @@ from tiny_pairs import tiny_pair
 
 from confu_hf import ConFuAssistant, ConFuConfig
 from confu_hf.hub.conversion.formats import FORMATS, WRITABLE, find_format, write_eagle3
+from confu_hf.hub.conversion.layer import ExportTarget
 from confu_hf.hub.pair import read_pair
 from confu_hf.training.pair import confu_from_eagle3
 
@@ -144,7 +145,7 @@ def test_what_is_written_is_read_again(name, variant, contemplate, tmp_path):
     """All of the EAGLE-3 part, and nothing of the contemplation."""
     target = tiny_llama()
     draft = tiny_pair(target, contemplate=contemplate, **WRITTEN[name][variant])
-    write_eagle3(tmp_path, draft, name)
+    write_eagle3(tmp_path, draft, name, ExportTarget.of(target))
     assert not any("future" in key for key in load_file(tmp_path / "model.safetensors"))
     again = read_pair(tmp_path, target=target)
     state = {key: tensor for key, tensor in draft.state_dict().items() if not key.startswith("future_")}
@@ -162,7 +163,8 @@ def test_every_format_is_told_from_the_others():
 
 
 def test_the_written_forms_are_those_of_their_projects(tmp_path):
-    draft = tiny_pair(tiny_llama(), contemplate=False, target_layer_ids=[1, 3, 6])
+    target = tiny_llama()
+    draft = tiny_pair(target, contemplate=False, target_layer_ids=[1, 3, 6])
     write_eagle3(tmp_path / "specforge", draft, "specforge")
     config = json.loads((tmp_path / "specforge" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
@@ -174,12 +176,14 @@ def test_the_written_forms_are_those_of_their_projects(tmp_path):
     keys = load_file(tmp_path / "specforge" / "model.safetensors").keys()
     assert keys == {f"midlayer.{name}.weight" for name in layer} | outside
 
-    write_eagle3(tmp_path / "speculators", draft, "speculators")
+    write_eagle3(tmp_path / "speculators", draft, "speculators", ExportTarget.of(target, "org/target"))
     config = json.loads((tmp_path / "speculators" / "config.json").read_text())
     assert config["speculators_model_type"] == "eagle3" and config["transformer_layer_config"]["hidden_size"] == 32
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 6] and config["norm_before_residual"] is False
     keys = load_file(tmp_path / "speculators" / "model.safetensors").keys()
-    assert keys == {f"layers.0.{name}.weight" for name in layer} | outside
+    assert keys == {f"layers.0.{name}.weight" for name in layer} | outside | {"embed_tokens.weight"}
+    verifier = {"name_or_path": "org/target", "architectures": ["LlamaForCausalLM"]}
+    assert config["speculators_config"]["verifier"] == verifier
 
 
 def refused(message: str, call) -> None:
@@ -333,6 +337,8 @@ def test_what_a_format_has_no_place_for_is_not_written(name, fields, message, tm
     draft = tiny_pair(tiny_llama(), contemplate=False, **fields)
     refused(message, lambda: write_eagle3(tmp_path / "no", draft, name))
     assert not (tmp_path / "no").exists()
+    plain = tiny_pair(tiny_llama(), contemplate=False)
+    refused("no embeddings of its target", lambda: write_eagle3(tmp_path / "no", plain, "speculators"))
     refused("got nonesuch, expected one of", lambda: write_eagle3(tmp_path / "no", draft, "nonesuch"))
 
 

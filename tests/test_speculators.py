@@ -35,8 +35,7 @@ def load_theirs(folder):
 @pytest.mark.parametrize("variant", range(len(WRITTEN["speculators"])))
 def test_speculators_gives_the_same_logits(variant, target, tmp_path):
     draft = tiny_pair(target, contemplate=False, **WRITTEN["speculators"][variant])
-    known = ExportTarget(str(tmp_path / "target"), tuple(target.config.architectures or ("LlamaForCausalLM",)))
-    write_eagle3(tmp_path / "draft", draft, "speculators", known)
+    write_eagle3(tmp_path / "draft", draft, "speculators", ExportTarget.of(target, str(tmp_path / "target")))
     theirs, seen = load_theirs(tmp_path / "draft"), []
     theirs.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(logits))
 
@@ -69,7 +68,7 @@ def test_speculators_gives_the_same_logits(variant, target, tmp_path):
 @pytest.mark.parametrize("variant", range(len(WRITTEN["speculators"])))
 def test_we_read_what_speculators_saves(variant, target, tmp_path):
     draft = tiny_pair(target, contemplate=False, **WRITTEN["speculators"][variant])
-    write_eagle3(tmp_path / "draft", draft, "speculators", ExportTarget(str(tmp_path / "target")))
+    write_eagle3(tmp_path / "draft", draft, "speculators", ExportTarget.of(target, str(tmp_path / "target")))
     load_theirs(tmp_path / "draft").save_pretrained(tmp_path / "saved")
     pair = read_pair(tmp_path / "saved", target=target)
     state = draft.state_dict()

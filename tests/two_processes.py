@@ -10,24 +10,30 @@ import torch
 
 torch.set_num_threads(1)
 
+from accelerate import PartialState  # noqa: E402
 from tiny_models import tiny_llama  # noqa: E402
 from tiny_pairs import conversations, tiny_pair  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
 from confu_hf.training.data import ConversationCollator  # noqa: E402
 from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective  # noqa: E402
+from confu_hf.training.sharding import shard_target  # noqa: E402
 from confu_hf.training.trainer import ConFuTrainer  # noqa: E402
 
 SEQUENCES = [(3, 12), (4, 30), (3, 9), (5, 16), (4, 22), (3, 15), (4, 11), (3, 27)]
 STEPS = 3
 
 
-def train(folder: Path, *, batch_size: int, accumulation: int, **objective) -> dict[str, list[float]]:
+def train(
+    folder: Path, *, batch_size: int, accumulation: int, contemplate: bool = False, shard: bool = False, **objective
+) -> dict[str, list[float]]:
     """Losses, and the sum of every trained weight, in float64."""
     target = tiny_llama()
-    module = ConFuForTraining(
-        target, tiny_pair(target, contemplate=False), ConFuTrainingObjective(ttt_steps=3, **objective)
-    )
+    if shard:
+        PartialState(cpu=True)  # as TrainingArguments do
+        shard_target(target)
+    pair = tiny_pair(target, contemplate=contemplate, **({"lora_rank": 2} if contemplate else {}))
+    module = ConFuForTraining(target, pair, ConFuTrainingObjective(ttt_steps=3, **objective))
     arguments = TrainingArguments(
         str(folder),
         max_steps=STEPS,
@@ -52,13 +58,13 @@ def train(folder: Path, *, batch_size: int, accumulation: int, **objective) -> d
         "loss": [entry["loss"] for entry in history if "loss" in entry],
         "tokens": [entry["answer_tokens_seen"] for entry in history if "answer_tokens_seen" in entry],
         "accepted": [entry["train_accepted_length"] for entry in history if "train_accepted_length" in entry],
-        "weights": [p.detach().abs().sum().item() for p in module.draft.parameters()],
+        "weights": [p.detach().abs().sum().item() for p in module.parameters() if p.requires_grad],
     }
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    result = train(folder, batch_size=2, accumulation=1, deep_rows="survivors")
+    result = train(folder, batch_size=2, accumulation=1, **json.loads(sys.argv[2]))
     rank = torch.distributed.get_rank()
     (folder / f"{rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()

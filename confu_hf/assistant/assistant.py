@@ -7,12 +7,15 @@ before a generation starts `checks.py`'s.
 
 from __future__ import annotations
 
+import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import compat
 from ..adapter.attachment import Attachment, LooseAdapter, attach_adapter, base_model
@@ -25,7 +28,9 @@ from ..decoding.lookup import CombinedDrafter
 from ..decoding.replay import TreeReplay
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
+from ..hub.fingerprint import check_identity, remember_target
 from ..hub.pair import read_pair, write_pair
+from ..hub.publishing import publish
 from ..modeling_confu import ConFuDraftModel
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
@@ -42,7 +47,7 @@ ADAPTER_FIELDS = (
     "lora_alpha",
     "lora_target_modules",
 )
-PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
 
 
 on_injection(route)
@@ -81,6 +86,7 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
         pretrained_model_name_or_path,
         *model_args: Any,
         target: PreTrainedModel | PeftModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> ConFuAssistant:
         """Load a draft and its adapter, or an EAGLE-3 draft of another project, from a folder or a Hub repository.
@@ -89,6 +95,7 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
             target: attach to this model, in place; the draft takes its dtype and device, unless `dtype` or
                 `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT. Drafts of other
                 projects need it.
+            tokenizer: the target's; held against the vocabulary that the draft was made for, if it remembers one.
             **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...;
                 fields of the config to override; `allow_pickle=True` to read a foreign draft's `pytorch_model.bin`.
 
@@ -96,6 +103,8 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
             FileNotFoundError: a file is missing.
             ValueError: files are corrupted, incomplete or not finite, or the pair was made for another target.
                 The target is untouched in either case.
+
+        Warns of a target that has the right shapes and other weights than the one that the draft was made for.
         """
         path = pretrained_model_name_or_path
         report = kwargs.pop("output_loading_info", False)
@@ -114,7 +123,7 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
         if target is not None:
             if kwargs.get("device_map") is None and not embedding.is_meta:
                 assistant.to(embedding.device)
-            assistant.attach(target)
+            assistant.attach(target, tokenizer)
         return (assistant, info) if report else assistant
 
     @classmethod
@@ -140,7 +149,9 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
             assistant._adapter = LooseAdapter(adapter)
         return assistant.attach(target)
 
-    def attach(self, model: PreTrainedModel | PeftModel) -> ConFuAssistant:
+    def attach(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> ConFuAssistant:
         """Put the adapter on a target and route its `generate` here. Again on the same target: changes nothing.
 
         An adapter that PEFT loaded onto the target is used if this assistant brings none of its own.
@@ -157,6 +168,7 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
             )
         check_supported(target)
         check_pair(self.config, target)
+        check_identity(self.config, target, tokenizer)
         adapter = self._loose_adapter()
         if self.config.contemplate and adapter is not None:
             self._attachment = attach_adapter(target, adapter)
@@ -196,11 +208,16 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
         return Contemplator(target, layer, self.adapter_name(target) or layer.current)
 
     def replay(self, options: TreeOptions) -> TreeReplay:
-        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target."""
-        target = self.target
+        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target.
+
+        The network alone drafts, the same tree in every round: what is counted is what training changes.
+        """
+        target, options = self.target, replace(options, lookup=False)
         contemplates = self.config.contemplate and options.contemplate
         contemplator = self.contemplator(target) if contemplates else None
-        return TreeReplay(lambda: self.new_drafter(target), contemplator, self.config.target_layer_ids, options)
+        return TreeReplay(
+            lambda: self.new_drafter(target, options), contemplator, self.config.target_layer_ids, options
+        )
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""
@@ -209,17 +226,41 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
         return self._attachment.adapter_name if self._attachment.loose_adapter() is not None else None
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Write the draft, its generation config, and the adapter in `adapter/`: the layout of a Hub repository."""
-        if push_to_hub:
-            push_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        """Write the draft, its generation config, and the adapter in `adapter/`: the layout of a Hub repository.
+
+        The config remembers the target that the draft is attached to, and the vocabulary of `tokenizer`.
+        """
+        push_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
+        remember_target(self.config, self.target, tokenizer)
         write_pair(save_directory, self, self._loose_adapter(), is_main_process=is_main_process, **kwargs)
-        if not is_main_process:
-            return
-        if push_to_hub:
-            repo_id = push_arguments.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, **push_arguments)
+        if push_to_hub and is_main_process:
+            publish(save_directory, push_arguments.pop("repo_id", Path(save_directory).name), **push_arguments)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Upload draft, adapter, generation config and, where there is none, a card, in one commit.
+
+        Args:
+            tokenizer: as in [`save_pretrained`].
+            **kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, `tags`.
+        """
+        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, tokenizer=tokenizer, **sizes)
+            return publish(folder, repo_id, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         """An assistant cannot write by itself; Transformers calls this when the target was never attached."""

@@ -55,8 +55,18 @@ def check_folder(path: str | os.PathLike, subfolder: str) -> None:
 
 
 def read_config(path: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `config.json`."""
-    return PreTrainedConfig.get_config_dict(path, **hub)[0]
+    """The fields of `config.json`; a `FileNotFoundError` without one."""
+    fields = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    if not fields:
+        where = f"{path}, {hub['subfolder']}" if "subfolder" in hub else path
+        raise refusal(
+            f"The draft in {where}",
+            got=f"no {CONFIG_NAME}",
+            expected="the files that `push_to_hub` or `save_pretrained` wrote",
+            fix="Look for a misspelt name, `revision` or `subfolder`.",
+            error=FileNotFoundError,
+        )
+    return fields
 
 
 def read_weights(path: str | os.PathLike, hub: Mapping[str, Any], *, allow_pickle: bool = False) -> dict[str, Tensor]:

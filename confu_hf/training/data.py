@@ -5,6 +5,7 @@ Knows tokenizers and `datasets`, no model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,6 +73,17 @@ def load_conversations(
     tokens = raw.map(convert, remove_columns=raw.column_names)
     tokens = tokens.filter(lambda row: sum(label != IGNORED for label in row["labels"]) >= min_answer)
     return tokens.add_column("index", range(len(tokens)))
+
+
+def split_held_out(rows: Dataset, number: int) -> tuple[Dataset, Dataset]:
+    """Rows to train on and `number` to hold out, a fifth at most: greedy answers, where there are any, for those are what
+    trees are counted on. Which ones follows from the texts: a longer file of answers keeps what it can."""
+    keys = [hashlib.sha256(repr(list(ids)).encode()).digest() for ids in rows["input_ids"]]
+    greedy = rows["greedy"]
+    order = sorted(range(len(rows)), key=lambda place: (not greedy[place], keys[place]))
+    held_out = sorted(order[: max(1, min(number, len(rows) // 5))])
+    kept = sorted(set(range(len(rows))) - set(held_out))
+    return rows.select(kept), rows.select(held_out)
 
 
 def answer_lengths(rows: Dataset | Iterable[dict[str, Any]]) -> list[int]:

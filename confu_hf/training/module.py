@@ -17,6 +17,7 @@ from ..modeling_confu import ConFuDraftModel
 from .futures import Anchors, RowFutures, future_numerator, row_futures
 from .losses import LossTerms, chain_accepted_length, linear_kl
 from .rows import DraftRows, random_rows, rows_in_front
+from .sharding import leave_shards_to_fsdp
 from .store import FeatureStore
 from .teacher import Teacher, TeacherView
 from .unroll import DraftUnroll
@@ -93,6 +94,7 @@ class ConFuForTraining(nn.Module):
         self.objective = objective or ConFuTrainingObjective()
         for name, parameter in target.named_parameters():
             parameter.requires_grad_("confu_" in name)
+        leave_shards_to_fsdp(self)
 
     def train(self, mode: bool = True) -> ConFuForTraining:
         """The target stays in eval mode: it speaks as it does when it decodes, without dropout."""

@@ -1,30 +1,38 @@
 """A pair to be trained: a fresh draft, a ConFu draft from an EAGLE-3 one, the adapter on the target, the store.
 
-Loading and attaching are left to the caller: training knows no assistant.
+Training knows no assistant: its class, which loads and attaches, is handed in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import inject_adapter_in_model
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..adapter.config import ConFuAdapterConfig
 from ..configuration_confu import ConFuConfig
+from ..errors import refusal
+from ..hub.pair import read_pair
 from ..modeling_confu import ConFuDraftModel
 from ..target.geometry import attention_geometry
 from ..target.soft_prompts import soft_prompt_key_values
 from .data import frequent_tokens
-from .store import FeatureStore
+from .store import FeatureStore, store_bytes
 from .warm_start import warm_start_from_eagle3, warm_start_from_target
 
+logger = logging.get_logger(__name__)
+
 SAMPLE = 8  # sequences that the size of features is read from
+STORE_SHARE = 0.9  # of the free disk
 
 
 @dataclass
@@ -56,6 +64,7 @@ class AdapterShape:
     num_virtual_tokens: int = 16
     num_experts: int = 8
     num_experts_per_token: int = 2
+    soft_prompt_type: str = field(default="kv", metadata={"choices": ["kv", "embedding"]})
     lora_rank: int = field(default=0, metadata={"help": "low-rank products for contemplate tokens alone; 0 = none"})
     lora_alpha: float | None = field(default=None, metadata={"help": "scaled by alpha / rank; default by 16"})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "default all projections"})
@@ -90,6 +99,67 @@ def fresh_draft(
     token_ids, coverage = frequent_tokens(rows, config.vocab_size, config.draft_vocab_size, always=always)
     draft.set_draft_vocabulary(token_ids)
     return FreshDraft(draft, coverage, warm_start_from_target(draft, target, sample=_first_tokens(rows)))
+
+
+def starting_pair(
+    assistant_class: type[ConFuDraftModel],
+    target: PreTrainedModel,
+    rows: Dataset,
+    *,
+    contemplate: bool,
+    init_from: str | None = None,
+    draft_shape: DraftShape | None = None,
+    adapter_shape: AdapterShape | None = None,
+    always: Iterable[int] = (),
+) -> ConFuDraftModel:
+    """What a stage starts with, attached to `target`: fresh from it, from EAGLE-3, or from a pair of the stage's own kind.
+
+    Args:
+        assistant_class: `ConFuAssistant`: knows files, and how to attach.
+        contemplate: ConFu's stage or EAGLE-3's.
+        init_from: EAGLE-3 draft or ConFu pair; None = from the target's own last layers.
+        adapter_shape: of a new adapter. A pair that goes on keeps its own, but gets a gated LoRA if it has none and
+            this asks for one.
+        always: see [`fresh_draft`].
+    """
+    shape, start = adapter_shape or AdapterShape(), None
+    if init_from is None:
+        fresh = fresh_draft(
+            assistant_class, draft_shape or DraftShape(), target, rows, contemplate=contemplate, always=always
+        )
+        logger.info(f"the draft's vocabulary covers {fresh.coverage:.1%} of the answers' tokens")
+        logger.info(f"started from the target: {', '.join(fresh.from_target)}")
+        draft = fresh.draft
+    else:
+        draft = assistant_class.from_pretrained(init_from, dtype=torch.float32)
+        if contemplate and not draft.config.contemplate:
+            draft = confu_from_eagle3(assistant_class, draft)
+        elif contemplate:
+            adapter = read_pair(init_from).adapter
+            if adapter.config.lora_rank or not shape.lora_rank:
+                return _trainable(draft.attach(target))
+            shape, start = _with_low_rank(adapter.config, shape), adapter.weights
+            weights, draft = (
+                draft.state_dict(),
+                assistant_class(draft.config),
+            )  # without the adapter it was loaded with
+            draft.load_state_dict(weights)
+    if contemplate:
+        add_adapter(target, draft, shape, start)
+    return _trainable(draft.attach(target))
+
+
+def _trainable(draft: ConFuDraftModel) -> ConFuDraftModel:
+    """The adapter in float32, whatever the target's dtype: small steps would be rounded away."""
+    if draft.config.contemplate:
+        draft.target.confu.float()
+    return draft.float().to(draft.target.device)
+
+
+def _with_low_rank(config: ConFuAdapterConfig, shape: AdapterShape) -> AdapterShape:
+    """An adapter's own shape, with the gated LoRA of another."""
+    names = ("num_virtual_tokens", "num_experts", "num_experts_per_token", "soft_prompt_type")
+    return replace(shape, **{name: getattr(config, name) for name in names})
 
 
 def _first_tokens(rows: Dataset) -> torch.Tensor:
@@ -143,7 +213,13 @@ def add_adapter(
 
 
 def open_store(
-    folder: str, target: PreTrainedModel, draft: ConFuDraftModel, *parts: Dataset, name: str, store_caches: bool
+    folder: str,
+    target: PreTrainedModel,
+    draft: ConFuDraftModel,
+    *parts: Dataset,
+    name: str,
+    store_caches: bool,
+    limit: float | None = None,
 ) -> FeatureStore:
     """Target features on disk. They depend on the sequences, the target, its layers and the draft's vocabulary.
 
@@ -151,8 +227,24 @@ def open_store(
         parts: rows with `index` and `input_ids`, numbered through.
         name: of the target.
         store_caches: keep the target's keys and values too, for ConFu's stage.
+        limit: the most gigabytes it may become; None = 90 % of what the disk has free.
+
+    Raises:
+        ValueError: it would become larger.
     """
     sequences = sorted((row["index"], row["input_ids"]) for part in parts for row in part)
+    shape = attention_geometry(target.config) if store_caches else None
+    positions = sum(len(input_ids) for _, input_ids in sequences)
+    size = store_bytes(positions, draft.config.target_hidden_size, draft.config.num_features, shape) / 1e9
+    logger.info(f"{folder}: the target's features of {positions} positions take up to {size:.2f} GB")
+    if size > (free_gigabytes(folder) if limit is None else limit):
+        raise refusal(
+            "feature_store",
+            got=f"{size:.2f} GB for {positions} positions",
+            expected=f"at most {free_gigabytes(folder) if limit is None else limit:.2f} GB",
+            fix="Train without it, without the target's keys and values (--store_caches), on fewer sequences, or raise "
+            "--store_limit.",
+        )
     dtype = str(target.dtype).removeprefix("torch.")
     fingerprint = (
         f"{name} {dtype} {draft.config.target_layer_ids} {_digest(draft.draft_token_ids.cpu().numpy().tobytes())}"
@@ -162,9 +254,18 @@ def open_store(
         [len(input_ids) for _, input_ids in sequences],
         draft.config.target_hidden_size,
         f"{fingerprint} {_digest(repr(sequences).encode())}",
-        attention_geometry(target.config) if store_caches else None,
+        shape,
         num_features=draft.config.num_features,
     )
+
+
+def free_gigabytes(folder: str) -> float:
+    """What a store may take of the disk that `folder` is, or will be, on; what it has already counts as free."""
+    path = Path(folder).absolute()
+    taken = sum(file.stat().st_size for file in path.glob("*.bin")) if path.is_dir() else 0
+    while not path.is_dir():
+        path = path.parent
+    return (STORE_SHARE * shutil.disk_usage(path).free + taken) / 1e9
 
 
 def _digest(content: Any) -> str:

@@ -15,7 +15,7 @@ its input: the LM head never runs on a prompt.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -203,6 +203,7 @@ class Regenerator:
         refill: rows that must be free before prompts are read, by default a sixteenth of them: several at a time make
             better matrix products.
         top_k: a sampled token is one of so many most likely ones; 0 means any.
+        stop: asked before every step; once it says yes, open answers are handed out as they are, unfinished.
 
     Attributes:
         new_tokens: tokens made so far, end tokens and those of open answers included.
@@ -219,6 +220,7 @@ class Regenerator:
         max_new_tokens: int = 192,
         refill: int | None = None,
         top_k: int = 0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         check_supported(model)
         if refill is None:
@@ -229,7 +231,7 @@ class Regenerator:
         self.model, self.batch_size, self.max_new_tokens, self.refill = model, batch_size, max_new_tokens, refill
         ends = model.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
-        self.top_k, self.new_tokens = top_k, 0
+        self.top_k, self.stop, self.new_tokens = top_k, stop, 0
 
     @torch.inference_mode()
     def answers(self, requests: Sequence[Request]) -> Iterator[Answer]:
@@ -273,6 +275,9 @@ class _Batch:
             elif not self.waiting and 2 * len(free) >= len(self.rows):
                 self._shrink()
             if not self.rows:
+                return
+            if self.settings.stop():
+                yield from (Answer(row.index, row.answer, False) for row in self.rows if row.answer)
                 return
             # 2. One token for every row.
             tokens = self._step()

@@ -9,6 +9,7 @@ slow part and the disk is large.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ..errors import refusal
+
+
+def store_bytes(
+    positions: int, width: int, num_features: int = 3, cache_shape: tuple[int, int, int] | None = None
+) -> int:
+    """How large a store of so many positions becomes; the arguments are those of [`FeatureStore`]."""
+    layers, heads, head_dim = cache_shape or (0, 0, 0)
+    return positions * (2 * (num_features + 1) * width + 4 + 4 * layers * heads * head_dim)
 
 
 class FeatureStore:
@@ -76,7 +85,9 @@ class FeatureStore:
 
     @staticmethod
     def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-        return np.memmap(path, dtype=dtype, mode="r+" if path.exists() else "w+", shape=shape)
+        with path.open("ab") as file:  # extended, never emptied: several processes may open it at once
+            file.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
 
     def holds(self, index: Tensor, cache: bool = False) -> bool:
         """Whether all sequences `index` `(B,)` are known; with `cache`, their keys and values too."""

@@ -21,6 +21,12 @@ from .store import FeatureStore
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
+def logit_transforms(target: PreTrainedModel) -> list[str]:
+    """What a target does to its logits behind the head."""
+    config = target.config.get_text_config(decoder=True)
+    return [name for name in LOGIT_TRANSFORMS if getattr(config, name, None)]
+
+
 @dataclass(frozen=True)
 class TeacherView:
     """What the target says about a batch of `B` sequences of `N` tokens, from position `first` on (`P = N - first`).
@@ -58,8 +64,7 @@ class Teacher:
     """
 
     def __init__(self, target: PreTrainedModel, layer_ids: list[int], store: FeatureStore | None = None):
-        config = target.config.get_text_config(decoder=True)
-        scaled = [name for name in LOGIT_TRANSFORMS if getattr(config, name, None)]
+        scaled = logit_transforms(target)
         if store is not None and scaled:
             raise refusal(
                 "feature_store",

@@ -6,14 +6,16 @@ wherever they ran: micro-batches and processes count their rows before they star
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -65,6 +67,8 @@ class ConFuTrainer(Trainer):
             False leaves the choice to their `optim`.
         adapter_learning_rate: of soft prompts and experts, with `muon`; None = the same.
         lora_learning_rate: of the adapter's gated LoRA, with `muon`; None = the same.
+        progress: step -> how much of the run is over, 0 to 1, where that is not known in steps (a run of limited time).
+            After `warmup_steps` the learning rate falls with it as a cosine does; None = as the arguments say.
         replay: evaluation also counts accepted lengths in trees, `eval_tree_accepted_length` and one for each task of the
             held-out answers that were written greedily. As `metric_for_best_model` it keeps the best checkpoint.
     """
@@ -76,6 +80,7 @@ class ConFuTrainer(Trainer):
         muon: bool = False,
         adapter_learning_rate: float | None = None,
         lora_learning_rate: float | None = None,
+        progress: Callable[[int], float] | None = None,
         replay: Replay | None = None,
         **kwargs: Any,
     ):
@@ -84,7 +89,7 @@ class ConFuTrainer(Trainer):
             adapter_learning_rate,
             lora_learning_rate,
         )
-        self.replay, self._held_out = replay, HeldOut([])
+        self.progress, self.replay, self._held_out = progress, replay, HeldOut([])
         kwargs.setdefault("compute_metrics", self._metrics)
         super().__init__(model, *args, **kwargs)
         self._window = np.zeros(3)  # summed accepted lengths, their rows, answer tokens drafted for
@@ -132,6 +137,17 @@ class ConFuTrainer(Trainer):
             weight_decay=self.args.weight_decay,
         )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.progress is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = max(int(self.args.warmup_steps), 1)
+
+        def factor(step: int) -> float:
+            return min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * self.progress(step))) / 2
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -196,17 +212,24 @@ class ConFuTrainer(Trainer):
             metrics |= tree_metrics(totals, numbers[:, 0], self._held_out.names)
         return metrics
 
+    def _tokens_logged(self) -> int:
+        # The history comes back with a checkpoint, so the count goes on after resuming.
+        return next((entry[TOKENS_SEEN] for entry in self.state.log_history[::-1] if TOKENS_SEEN in entry), 0)
+
+    @property
+    def answer_tokens_seen(self) -> int:
+        """Answer tokens that the draft was trained on; of other processes, those that were logged."""
+        return self._tokens_logged() + int(self._window[2])
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             # Every process logs; each has seen its own part of the batches.
             window = torch.tensor(self._window, dtype=torch.float32, device=self.accelerator.device)
             accepted, rows, tokens = self.accelerator.reduce(window, reduction="sum").tolist()
             self._window[:] = 0
-            # The history comes back with a checkpoint, so the count goes on after resuming.
-            before = next((entry[TOKENS_SEEN] for entry in self.state.log_history[::-1] if TOKENS_SEEN in entry), 0)
             if rows:
                 logs["train_accepted_length"] = round(accepted / rows, 3)
-                logs[TOKENS_SEEN] = before + int(tokens)
+                logs[TOKENS_SEEN] = self._tokens_logged() + int(tokens)
             for name, use in sorted(self._routers.items()):
                 logs |= router_metrics(name, self.accelerator.reduce(use, reduction="sum"))
             self._routers = {}

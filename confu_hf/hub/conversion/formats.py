@@ -76,7 +76,7 @@ def write_eagle3(
 
     Args:
         format_name: one of `WRITABLE`.
-        target: what the format may want to know of the target.
+        target: what the format may need of the target; speculators need its embeddings.
     """
     if format_name not in WRITABLE:
         raise refusal("write_eagle3", got=format_name, expected=f"one of {sorted(WRITABLE)}", fix="Pass one of them.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...configuration_confu import ConFuConfig, TargetGeometry, default_layer_ids
 from ...errors import refusal
@@ -66,10 +66,18 @@ class Format:
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """What an exported config may say of the target: its name, the classes in its `config.json`."""
+    """What an export may need of the target: its name, the classes in its `config.json`, its embeddings `(V, d)`."""
 
     name_or_path: str | None = None
     architectures: tuple[str, ...] = ()
+    embeddings: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, name_or_path: str | None = None) -> ExportTarget:
+        """All of it, from a model."""
+        architectures = tuple(model.config.architectures or (type(model).__name__,))
+        name = name_or_path or model.config.name_or_path or None
+        return cls(name, architectures, model.get_input_embeddings().weight)
 
 
 def refuse(source: str, got: str, expected: str, fix: str = "Convert a checkpoint of that kind.") -> ValueError:

@@ -1,7 +1,8 @@
 """vLLM's `speculators`: a nested config; the draft's layer is in `transformer_layer_config`, layers are `layers.N`.
 
 Layer ids count by the state that enters a layer. `norm_before_residual` must be said: the default differs by reader.
-`norm_output` means that drafted rows hand on the normed state. Maps of the vocabulary exist only where it is a part.
+`norm_output` means that drafted rows hand on the normed state. Maps of the vocabulary exist only where it is a part. Token
+embeddings are always saved, be they the target's: its own loader does not fetch them dependably.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...configuration_confu import ConFuConfig
+from ...errors import refusal
 from .layer import (
     LAYER,
     ExportTarget,
@@ -79,7 +82,20 @@ def _write(config: ConFuConfig, weights: Mapping[str, Tensor], target: ExportTar
     }
     whole = config.draft_vocab_size == config.vocab_size
     kept = {name: tensor for name, tensor in weights.items() if not (whole and name in ("d2t", "t2d"))}
+    if not config.own_embeddings:
+        kept["embed_tokens.weight"] = _target_embeddings(target, weights["fc.weight"].dtype)
     return fields, {name.replace(LAYER, "layers.0.", 1): tensor for name, tensor in kept.items()}
+
+
+def _target_embeddings(target: ExportTarget, dtype: torch.dtype) -> Tensor:
+    if target.embeddings is None:
+        raise refusal(
+            "Writing an EAGLE-3 draft as speculators",
+            got="no embeddings of its target",
+            expected="them, for the draft has none of its own",
+            fix="Pass `ExportTarget.of(model)`.",
+        )
+    return target.embeddings.detach().to("cpu", dtype).contiguous()
 
 
 FORMAT = Format("speculators", _matches, _fields, _write)
