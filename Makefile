@@ -1,4 +1,4 @@
-.PHONY: test quality style compatibility
+.PHONY: test quality style compatibility serve-check
 
 test:
 	python -m pytest
@@ -14,3 +14,8 @@ style:
 # The whole test suite on every supported version of Transformers, each in a virtual environment of its own.
 compatibility:
 	.ci/compatibility
+
+# vLLM serves the exported EAGLE-3 draft; its texts and acceptance beside our own loop's (examples/serving.md). Installs vLLM's CPU
+# build in a virtual environment of its own: several GB.
+serve-check:
+	.ci/serve-check

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .adapter.config import ConFuAdapterConfig
 from .assistant.assistant import ConFuAssistant
+from .assistant.lookup import LookupAssistant
 from .compat import warn_outside_tested_range
 from .configuration_confu import ConFuConfig
 from .decoding.stats import GenerationStats
@@ -29,5 +30,6 @@ __all__ = [
     "ConFuConfig",
     "ConFuGenerationConfig",
     "GenerationStats",
+    "LookupAssistant",
     "TreeOptions",
 ]

@@ -122,6 +122,11 @@ def attention_implementation(config: PreTrainedConfig) -> str:
     return config._attn_implementation
 
 
+def set_attention_implementation(config: PreTrainedConfig, name: str) -> None:
+    """Have the layers of a model with this config attend by a registered function, unchecked."""
+    config._attn_implementation = name
+
+
 def is_stateful(model: PreTrainedModel) -> bool:
     """Whether a model keeps a state that no cache holds (state-space models)."""
     return bool(getattr(model, "_is_stateful", False))

@@ -82,6 +82,7 @@ class ConFuConfig(PreTrainedConfig):
         rope_parameters: rotary embeddings as in Transformers, `rope_type` one of `ROPE_TYPES`.
         rope_theta: the base alone, for rotary embeddings without scaling; always `rope_parameters["rope_theta"]`.
         fc_norm: one RMS norm per feature before `fc` (EAGLE-3.1).
+        norm_before_fc: one RMS norm over all features together before `fc`, instead of one for each.
         feedback_after_norm: what a drafted row hands to the next one is its state after the final norm (EAGLE-3.1), not
             before it.
         norm_before_residual: the residual stream of the layer starts at the normed hidden state, not at the hidden state.
@@ -90,6 +91,8 @@ class ConFuConfig(PreTrainedConfig):
         contemplate: whether the draft has the future-token modules and comes with an adapter.
         num_future_experts, num_future_experts_per_token: the mixture `MoE_f` of the future token.
         initializer_range: standard deviation of the initial weights.
+        base_model_name_or_path: name of the target that the draft was made for, where known.
+        target_fingerprint, tokenizer_fingerprint: of that target's weights and of its vocabulary (`hub/fingerprint.py`).
     """
 
     model_type = "confu"
@@ -112,6 +115,7 @@ class ConFuConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     attention_bias: bool = False
     fc_norm: bool = False
+    norm_before_fc: bool = False
     feedback_after_norm: bool = False
     norm_before_residual: bool = False
     qk_norm: bool = False
@@ -120,6 +124,9 @@ class ConFuConfig(PreTrainedConfig):
     num_future_experts: int = 8
     num_future_experts_per_token: int = 2
     initializer_range: float = 0.02
+    base_model_name_or_path: str | None = None
+    target_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -193,6 +200,8 @@ class ConFuConfig(PreTrainedConfig):
             )
         if self.head_dim < 2 or self.head_dim % 2:
             _refuse(f"head_dim={self.head_dim}", "an even number (rotary embeddings)")
+        if self.fc_norm and self.norm_before_fc:
+            _refuse("fc_norm=True and norm_before_fc=True", "one of them: norms apart, or one norm over all features")
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             _refuse(f"draft_vocab_size={self.draft_vocab_size}", f"a number in [1, vocab_size={self.vocab_size}]")
         if not 1 <= self.num_future_experts_per_token <= self.num_future_experts:

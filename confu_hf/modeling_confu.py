@@ -12,7 +12,7 @@ the target has just emitted `d`. The features of `c` (i = 2) and the token `d` (
 The module knows nothing of trees, of `generate` or of training: callers give it token embeddings, hidden states,
 positions, a mask and a cache. Which variant of EAGLE-3 it is (`ConFuConfig`) shows in none of its methods: callers feed
 back what `forward` returns. Its weights are named as in EAGLE-3 checkpoints (`fc`, `midlayer`, `norm`, `lm_head`, `d2t`,
-`t2d`; with the variants `fc_norm.{0,1,2}`, `self_attn.{q,k}_norm`, `embed_tokens`); `future_*` is ConFu's.
+`t2d`; with the variants `fc_norm.{0,1,2}` or `input_norm`, `self_attn.{q,k}_norm`, `embed_tokens`); `future_*` is ConFu's.
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ class ConFuDraftModel(PreTrainedModel):
         if config.fc_norm:
             norms = (DraftRMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in config.target_layer_ids)
             self.fc_norm = nn.ModuleList(norms)
+        if config.norm_before_fc:
+            self.input_norm = DraftRMSNorm(features, eps=config.rms_norm_eps)
         self.fc = nn.Linear(features, width, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = DraftRMSNorm(width, eps=config.rms_norm_eps)
@@ -231,6 +233,8 @@ class ConFuDraftModel(PreTrainedModel):
         return self.future_fc(self._normed(futures))
 
     def _normed(self, features: torch.Tensor) -> torch.Tensor:
+        if self.config.norm_before_fc:
+            return self.input_norm(features)
         if not self.config.fc_norm:
             return features
         parts = features.split(self.config.target_hidden_size, dim=-1)

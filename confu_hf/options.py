@@ -24,6 +24,9 @@ class TreeOptions:
         contemplate_tokens: contemplate tokens per round (`M`), on the nodes most likely to be the last accepted; None
             = one for every node.
         contemplate: False switches contemplation off (EAGLE-3 mode).
+        lookup: what followed where the text read alike before joins the tree as further branches.
+        policy: "auto" decides in each round, from measured costs and from what is accepted, how much is drafted and
+            verified; the options above are its upper limits. "fixed" = the tree that they describe, in every round.
         pack_weights: on CPU, decode with a copy of the linear layers packed for small batches of rows, the draft's in
             bfloat16 if the CPU multiplies that; None = if that copy stays below 2 GiB.
     """
@@ -34,6 +37,8 @@ class TreeOptions:
     confidence_threshold: float = 0.0
     contemplate_tokens: int | None = None
     contemplate: bool = True
+    lookup: bool = True
+    policy: str = "auto"
     pack_weights: bool | None = None
 
 
@@ -52,6 +57,8 @@ class ConFuGenerationConfig(GenerationConfig):
         confidence_threshold: drafted nodes of a smaller joint probability are not verified.
         contemplate_tokens: contemplate tokens of a verify pass; None = one for every node and the root.
         contemplate: False = EAGLE-3 mode.
+        lookup: whether what followed earlier, alike places of the text joins the tree.
+        policy: "auto" = as much of that as pays; "fixed" = exactly that.
         pack_weights: on CPU, decode with packed copies of the linear layers; None = if they are small.
         **kwargs: of `GenerationConfig`.
     """
@@ -87,8 +94,15 @@ def check_options(options: TreeOptions, config: ConFuConfig) -> None:
     threshold = options.confidence_threshold
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
         raise _misfit(options, "confidence_threshold", "a number of at least 0, below 1")
-    for name, allowed in {"contemplate": (True, False), "pack_weights": (True, False, None)}.items():
-        if not any(getattr(options, name) is value for value in allowed):
+    choices = {
+        "contemplate": (True, False),
+        "lookup": (True, False),
+        "pack_weights": (True, False, None),
+        "policy": ("auto", "fixed"),
+    }
+    for name, allowed in choices.items():
+        value = getattr(options, name)
+        if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
             raise _misfit(options, name, f"one of {allowed}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import forget_peak, peak_bytes
 from transformers import BatchEncoding, DynamicCache, PreTrainedModel
 
 from confu_hf.compat import attention_implementation, cache_keyword
@@ -24,10 +25,12 @@ from confu_hf.compat import attention_implementation, cache_keyword
 
 @dataclass(frozen=True)
 class Run:
-    """One answer: its new tokens, the seconds `generate` took (prefill included), its assistant's statistics."""
+    """One answer: its new tokens, the seconds `generate` took (prefill included), the memory in use at its height (None
+    where it cannot be told), its assistant's statistics."""
 
     tokens: list[int]
     seconds: float
+    peak_bytes: int | None
     stats: dict[str, Any] | None
 
     @property
@@ -39,13 +42,15 @@ def run(model: PreTrainedModel, inputs: BatchEncoding, seed: int, **generate_arg
     """One timed call of `generate`. Every method starts from the same seed, so sampled answers compare as well."""
     torch.manual_seed(seed)
     _wait(model)
+    forget_peak(model.device)
     start = time.perf_counter()
     output = model.generate(**inputs, **generate_arguments)
     _wait(model)
     seconds = time.perf_counter() - start
     assistant = generate_arguments.get("assistant_model")
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-    return Run(tokens, seconds, None if assistant is None else _statistics(assistant.stats))
+    stats = None if getattr(assistant, "stats", None) is None else _statistics(assistant.stats)
+    return Run(tokens, seconds, peak_bytes(model.device), stats)
 
 
 def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
@@ -118,6 +123,14 @@ def summarize(records: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict
             row["overall_ratio"] = rate / summary["plain"]["tokens_per_second"]
         summary[method] = row
     return summary
+
+
+def summarize_tasks(records: list[dict[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """[`summarize`] for each task, unless every prompt is a task of its own, and for `all`."""
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    groups = {task: [record for record in records if record["task"] == task] for task in tasks}
+    by_task = {task: summarize(group, methods) for task, group in groups.items()} if len(tasks) < len(records) else {}
+    return {**by_task, "all": summarize(records, methods)}
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Set up for all tests: offline, one thread (the models are tiny), and `tests/` importable for `tiny_models`."""
+"""Set up for all tests: offline, nothing kept of measured costs, one thread (the models are tiny), and `tests/` importable for `tiny_models`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CONFU_DISABLE_COST_CACHE"] = "1"  # what tiny models cost is of no use to anyone
 sys.path.insert(0, str(Path(__file__).parent))
 
 # The environment is read on import.

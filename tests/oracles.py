@@ -10,8 +10,10 @@ from confu_hf.decoding.drafting import NetworkDrafter
 
 
 def make_assistant(model, assistant_class=ConFuAssistant, **config) -> ConFuAssistant:
-    """An untrained pair whose every weight matters (fresh ones keep the future token's skip connection at zero)."""
+    """An untrained pair whose every weight matters (fresh ones keep the future token's skip connection at zero), and
+    with a tree of the same size in every round: on a tiny target drafting does not pay."""
     assistant = assistant_class.from_target(model, draft_vocab_size=VOCAB_SIZE, **config)
+    assistant.generation_config.policy = "fixed"
     with torch.random.fork_rng():
         torch.manual_seed(11)
         for parameter in [*assistant.parameters(), *getattr(model, "confu", torch.nn.Module()).parameters()]:
@@ -50,7 +52,7 @@ class OracleDrafter(NetworkDrafter):
 
 
 class OracleAssistant(ConFuAssistant):
-    def new_drafter(self, target):
+    def new_drafter(self, target, options):
         return OracleDrafter(self, target)
 
 

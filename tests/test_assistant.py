@@ -261,26 +261,6 @@ def test_eagle_checkpoint_has_no_adapter(target, tmp_path):
     assert torch.equal(assisted(other, loaded), plain(other)) and loaded.stats.contemplate_tokens == 0
 
 
-def test_push_to_hub_uploads_the_adapter(confu, monkeypatch, tmp_path):
-    uploaded = []
-
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})()
-
-        def create_commit(self, repo_id, operations, **kwargs):
-            uploaded.append((repo_id, {operation.path_in_repo for operation in operations}))
-
-    card = type("Card", (), {"save": lambda self, path: open(path, "w").close()})()
-    monkeypatch.setattr("transformers.utils.hub.hf_api", Api)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
-    files = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-    files |= {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-    confu.push_to_hub("pair")
-    confu.save_pretrained(tmp_path / "named", push_to_hub=True)
-    assert uploaded == [("me/pair", files), ("me/named", files)]
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_of_both(target, confu, duplicate):
     expected = plain(target)

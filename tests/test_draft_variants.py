@@ -26,6 +26,7 @@ VARIANTS = {
     "feedback_after_norm": {"feedback_after_norm": True},
     "norm_before_residual": {"norm_before_residual": True},
     "fc_norm": {"fc_norm": True},
+    "norm_before_fc": {"norm_before_fc": True},
     "qk_norm": {"qk_norm": True},
     "own_embeddings": {"own_embeddings": True},
     "narrow": {"hidden_size": 16},
@@ -66,6 +67,8 @@ def recomputed(weights, config, embeds, features, futures, positions):
     eps, width = config.rms_norm_eps, config.hidden_size
 
     def fused(name, states):
+        if config.norm_before_fc:
+            states = rms(states, weights["input_norm.weight"], eps)
         parts = states.chunk(len(config.target_layer_ids), dim=-1)
         if config.fc_norm:
             parts = [rms(part, weights[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(parts)]
@@ -77,6 +80,7 @@ def recomputed(weights, config, embeds, features, futures, positions):
 
     def heads(name):
         projected = inputs @ weights[f"midlayer.self_attn.{name}_proj.weight"].T
+        projected = projected + weights.get(f"midlayer.self_attn.{name}_proj.bias", 0.0)
         projected = projected.view(len(inputs), -1, config.head_dim).transpose(0, 1)
         if name != "v" and config.qk_norm:
             projected = rms(projected, weights[f"midlayer.self_attn.{name}_norm.weight"], eps)

@@ -292,7 +292,7 @@ class WatchedDrafter(NetworkDrafter):
 
 
 class WatchedAssistant(ConFuAssistant):
-    def new_drafter(self, target):
+    def new_drafter(self, target, options):
         self.watched = WatchedDrafter(self, target.get_input_embeddings())
         return self.watched
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from confu_hf import compat
 from confu_hf.acceleration import decoding
-from confu_hf.acceleration.packing import PackedLinears
+from confu_hf.acceleration.packing import FILLED_ROWS, PackedLinears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -43,21 +43,24 @@ def test_equal_to_the_plain_layer_up_to_rounding(dtype, bias, shape):
     torch.testing.assert_close(got, layer(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @torch.no_grad()
-def test_single_rows_may_go_the_plain_way():
-    layer, rows = linear(), torch.randn(9, 48)
+def test_few_rows_may_go_another_way(rows):
+    """The plain product, the packed one, or the packed one of more rows; what is filled in changes no result."""
+    layer, input = linear(), torch.randn(9, 48)
     packed = pack(layer)
-    assert packed.plain_single_rows <= {(80, 48)}
-    calls = []
-    for shapes in (set(), {(80, 48)}):
-        packed.plain_single_rows = shapes
-        with packed.active(), torch.profiler.profile() as profile:
-            got = [layer(rows[:1]), layer(rows)]
-        calls.append([event.key for event in profile.key_averages() if "linear" in event.key])
-        torch.testing.assert_close(got[0], layer(rows[:1]), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(got[1], layer(rows), rtol=1e-5, atol=1e-5)
-    assert "aten::linear" not in calls[0] and "aten::linear" in calls[1]
-    assert all("mkldnn::_linear_pointwise" in kinds for kinds in calls)
+    assert set(packed.few_rows) == {(80, 48)} and packed.few_rows[80, 48][rows] in (0, rows, FILLED_ROWS)
+    shapes = {}
+    for way in (0, rows, FILLED_ROWS):
+        packed.few_rows = {(80, 48): {rows: way}}
+        with packed.active(), torch.profiler.profile(record_shapes=True) as profile:
+            few = layer(input[:rows])
+            many = layer(input)
+        products = [event for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
+        shapes[way] = [event.input_shapes[0][0] for event in products]
+        torch.testing.assert_close(few, layer(input[:rows]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(many, layer(input), rtol=1e-5, atol=1e-5)
+    assert shapes == {0: [9], rows: [rows, 9], FILLED_ROWS: [FILLED_ROWS, 9]}
 
 
 @no_bfloat16

@@ -236,8 +236,10 @@ def test_several_files(folder, confu, tmp_path):
 
 
 def test_a_checkpoint_of_another_kind(folder):
-    edit_json(folder / "config.json", model_type="llama")
-    message = ["got model_type 'llama', expected 'confu'. Pass a ConFu pair, or convert the checkpoint first"]
+    edit_json(folder / "config.json", model_type="llama", draft_vocab_size=None)
+    message = [
+        "got model_type 'llama', expected 'confu', or an EAGLE-3 draft of .*. Pass a ConFu pair or such a draft"
+    ]
     refused(message, lambda: ConFuAssistant.from_pretrained(folder), tiny_llama())
 
 

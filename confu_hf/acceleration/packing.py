@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 from ..compat import has_bfloat16_kernels
 
 # Below this size the call costs more than packing saves.
-MIN_ELEMENTS = 2**17
+MIN_ELEMENTS = 2**16
 # With more rows (prefill) the product itself dominates, and its plain form is bit-identical to plain decoding.
 MAX_ROWS = 64
-# How single rows are measured: over so many layers of a shape, so many times.
+# For so few rows the cheapest way is measured: over so many layers of a shape, so many times. oneDNN's kernels for one
+# or two rows can cost more than the one for four.
+MEASURED_ROWS, FILLED_ROWS = (1, 2), 4
 MEASURED_LAYERS, MEASURED_TIMES = 8, 3
 
 
@@ -43,8 +45,8 @@ class PackedLinears:
 
     Taken are plain `nn.Linear`s with float32 or bfloat16 weights on the CPU. Subclasses (quantized layers), modules
     with a `forward` of their own (accelerate hooks) and small weights are left alone. A weight that two modules
-    share is packed once. Results are those of `F.linear` up to rounding. `len()` is the number of layers packed. Single
-    rows go the way that a short measurement finds cheaper on this processor: `plain_single_rows`.
+    share is packed once. Results are those of `F.linear` up to rounding. `len()` is the number of layers packed. One or
+    two rows go the way that a short measurement finds cheapest on this processor: `few_rows`.
 
     Args:
         modules: searched for linear layers, themselves included.
@@ -80,22 +82,26 @@ class PackedLinears:
                 )
             self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight)))
         shapes = {tuple(packed.module.weight.shape) for packed in self._packed}
-        self.plain_single_rows = {shape for shape in shapes if self._is_plain_cheaper_for_one_row(shape)}
+        self.few_rows = {shape: {rows: self._cheapest_way(shape, rows) for rows in MEASURED_ROWS} for shape in shapes}
 
     @torch.no_grad()
-    def _is_plain_cheaper_for_one_row(self, shape: tuple[int, int]) -> bool:
-        """Measured: processors differ in it. Several layers in turn, so that no weight stays in their caches."""
+    def _cheapest_way(self, shape: tuple[int, int], rows: int) -> int:
+        """To how many rows `rows` are filled up before the packed product; 0 = the plain product.
+
+        Measured: processors differ in it. Several layers in turn, so that no weight stays in their caches.
+        """
         layers = [packed for packed in self._packed if tuple(packed.module.weight.shape) == shape][:MEASURED_LAYERS]
-        ways = {plain: [_forward(packed, self.max_rows, plain) for packed in layers] for plain in (True, False)}
-        row = torch.zeros(1, shape[1], dtype=layers[0].module.weight.dtype)
-        seconds = {True: [], False: []}
+        ways = (0, rows, FILLED_ROWS)
+        forwards = {way: [_forward(packed, self.max_rows, {rows: way}) for packed in layers] for way in ways}
+        input = torch.zeros(rows, shape[1], dtype=layers[0].module.weight.dtype)
+        seconds = dict.fromkeys(ways, float("inf"))
         for _ in range(MEASURED_TIMES):
-            for plain, forwards in ways.items():
+            for way in ways:
                 start = time.perf_counter()
-                for forward in forwards:
-                    forward(row)
-                seconds[plain].append(time.perf_counter() - start)
-        return min(seconds[True]) <= min(seconds[False])
+                for forward in forwards[way]:
+                    forward(input)
+                seconds[way] = min(seconds[way], time.perf_counter() - start)
+        return min(ways, key=seconds.get)
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -116,9 +122,8 @@ class PackedLinears:
     def active(self) -> Iterator[PackedLinears]:
         """Within it the layers compute with their packed weights. Not for one model used by several threads."""
         used = [packed.module for packed in self._packed if "forward" not in packed.module.__dict__]
-        plain = self.plain_single_rows
         forwards = {
-            id(packed.module): _forward(packed, self.max_rows, tuple(packed.module.weight.shape) in plain)
+            id(packed.module): _forward(packed, self.max_rows, self.few_rows[tuple(packed.module.weight.shape)])
             for packed in self._packed
         }
         try:
@@ -160,24 +165,31 @@ def _checksum(weight: Tensor) -> Tensor:
     return torch.cat([*by_row, by_column])
 
 
-def _forward(packed: _Packed, max_rows: int, plain_single_row: bool) -> Callable[[Tensor], Tensor]:
-    """The layer's computation; more than `max_rows` rows, and a single one if `plain_single_row`, use `F.linear`."""
+def _forward(packed: _Packed, max_rows: int, few_rows: Mapping[int, int]) -> Callable[[Tensor], Tensor]:
+    """The layer's computation. More than `max_rows` rows use `F.linear`; by `few_rows`, a number of rows is filled up to
+    another with zeros, or uses `F.linear` if that is 0."""
     linear, weight = packed.module, packed.weight
     dtype, features = linear.weight.dtype, linear.in_features
     bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
+    product = torch.ops.mkldnn._linear_pointwise
 
     def forward(input: Tensor) -> Tensor:
+        rows = input.numel() // features
+        filled = few_rows.get(rows, rows)
         if (
-            input.numel() > max_rows * features
-            or (plain_single_row and input.numel() == features)
+            rows > max_rows
+            or (filled == 0 and rows)
             or input.dtype != dtype
             or (torch.is_grad_enabled() and (input.requires_grad or linear.weight.requires_grad))
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
         ):
             return F.linear(input, linear.weight, linear.bias)
-        output = torch.ops.mkldnn._linear_pointwise(input.to(weight.dtype), weight, bias, "none", [], "")
-        return output.to(dtype)
+        if filled == rows:
+            return product(input.to(weight.dtype), weight, bias, "none", [], "").to(dtype)
+        padded = F.pad(input.reshape(rows, features).to(weight.dtype), (0, 0, 0, filled - rows))
+        output = product(padded, weight, bias, "none", [], "")[:rows].to(dtype)
+        return output.view(*input.shape[:-1], -1)
 
     return forward
 

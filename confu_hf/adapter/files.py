@@ -114,7 +114,13 @@ def _read_config(folder: Path) -> ConFuAdapterConfig:
             expected="CONFU",
             fix="Pass a folder with a ConFu adapter.",
         )
-    geometry = ("target_hidden_size", "target_num_hidden_layers", "num_key_value_heads", "head_dim")
+    geometry = (
+        "target_hidden_size",
+        "target_num_hidden_layers",
+        "num_key_value_heads",
+        "head_dim",
+        "target_layer_ids",
+    )
     geometry += ("lora_widths",) if config.lora_rank else ()
     missing = [name for name in geometry if getattr(config, name) is None]
     if missing:

@@ -7,12 +7,15 @@ before a generation starts `checks.py`'s.
 
 from __future__ import annotations
 
+import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import compat
 from ..adapter.attachment import Attachment, LooseAdapter, attach_adapter, base_model
@@ -21,16 +24,19 @@ from ..adapter.tuner import on_injection
 from ..configuration_confu import ConFuConfig
 from ..decoding.contemplation import Contemplator
 from ..decoding.drafting import Drafter, NetworkDrafter
-from ..decoding.policy import FixedPolicy, Policy
+from ..decoding.lookup import CombinedDrafter
 from ..decoding.replay import TreeReplay
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
+from ..hub.fingerprint import check_identity, remember_target
 from ..hub.pair import read_pair, write_pair
+from ..hub.publishing import publish
 from ..modeling_confu import ConFuDraftModel
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
-from .routing import route, unroute
+from .policies import DecidesRounds
+from .routing import release, route, serve
 
 ADAPTER_FIELDS = (
     "num_virtual_tokens",
@@ -41,17 +47,13 @@ ADAPTER_FIELDS = (
     "lora_alpha",
     "lora_target_modules",
 )
-PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
 
 
 on_injection(route)
 
 
-# Which assistants a target serves: the last to detach takes the route away.
-_assistants: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet] = weakref.WeakKeyDictionary()
-
-
-class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
+class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
     """The assistant: a draft, its adapter, and the target they are attached to.
 
         confu = ConFuAssistant.from_pretrained("org/confu-target", target=model)
@@ -84,19 +86,25 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         pretrained_model_name_or_path,
         *model_args: Any,
         target: PreTrainedModel | PeftModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> ConFuAssistant:
-        """Load a draft and its adapter from a folder or a Hub repository.
+        """Load a draft and its adapter, or an EAGLE-3 draft of another project, from a folder or a Hub repository.
 
         Args:
             target: attach to this model, in place; the draft takes its dtype and device, unless `dtype` or
-                `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT.
-            **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...
+                `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT. Drafts of other
+                projects need it.
+            tokenizer: the target's; held against the vocabulary that the draft was made for, if it remembers one.
+            **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...;
+                fields of the config to override; `allow_pickle=True` to read a foreign draft's `pytorch_model.bin`.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: files are corrupted, incomplete or not finite, or the pair was made for another target.
                 The target is untouched in either case.
+
+        Warns of a target that has the right shapes and other weights than the one that the draft was made for.
         """
         path = pretrained_model_name_or_path
         report = kwargs.pop("output_loading_info", False)
@@ -106,7 +114,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
             embedding = target.get_input_embeddings().weight
             if not {"dtype", "torch_dtype"} & set(kwargs) and embedding.is_floating_point():
                 kwargs["dtype"] = embedding.dtype
-        pair = read_pair(path, adapter_required=target is not None, **kwargs)
+        pair = read_pair(path, adapter_required=target is not None, target=target, **kwargs)
         assistant, info = super().from_pretrained(
             None, *model_args, config=pair.config, state_dict=pair.weights, output_loading_info=True, **pair.arguments
         )
@@ -115,7 +123,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         if target is not None:
             if kwargs.get("device_map") is None and not embedding.is_meta:
                 assistant.to(embedding.device)
-            assistant.attach(target)
+            assistant.attach(target, tokenizer)
         return (assistant, info) if report else assistant
 
     @classmethod
@@ -141,7 +149,9 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
             assistant._adapter = LooseAdapter(adapter)
         return assistant.attach(target)
 
-    def attach(self, model: PreTrainedModel | PeftModel) -> ConFuAssistant:
+    def attach(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> ConFuAssistant:
         """Put the adapter on a target and route its `generate` here. Again on the same target: changes nothing.
 
         An adapter that PEFT loaded onto the target is used if this assistant brings none of its own.
@@ -158,6 +168,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
             )
         check_supported(target)
         check_pair(self.config, target)
+        check_identity(self.config, target, tokenizer)
         adapter = self._loose_adapter()
         if self.config.contemplate and adapter is not None:
             self._attachment = attach_adapter(target, adapter)
@@ -168,8 +179,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         else:
             self._attachment = Attachment(weakref.ref(target))
         self._adapter = None
-        route(target)
-        _assistants.setdefault(target, weakref.WeakSet()).add(self)
+        serve(target, self)
         return self
 
     def detach(self) -> PreTrainedModel | None:
@@ -179,9 +189,7 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         if target is None:
             return None
         attachment.undo()
-        _assistants[target].discard(self)
-        if not _assistants[target] and confu_layer(target) is None:
-            unroute(target)
+        release(target, self)
         return target
 
     @property
@@ -189,13 +197,10 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         """The model that this assistant is attached to, if any."""
         return None if self._attachment is None else self._attachment.target
 
-    def new_drafter(self, target: PreTrainedModel) -> Drafter:
+    def new_drafter(self, target: PreTrainedModel, options: TreeOptions) -> Drafter:
         """Who drafts in one call of `generate`. Override it to draft in another way."""
-        return NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
-
-    def new_policy(self, options: TreeOptions) -> Policy:
-        """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
-        return FixedPolicy(options)
+        network = NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
+        return CombinedDrafter(network) if options.lookup else network
 
     def contemplator(self, target: PreTrainedModel) -> Contemplator:
         """Contemplation with this assistant's own adapter, or with the target's active one."""
@@ -203,11 +208,16 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         return Contemplator(target, layer, self.adapter_name(target) or layer.current)
 
     def replay(self, options: TreeOptions) -> TreeReplay:
-        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target."""
-        target = self.target
+        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target.
+
+        The network alone drafts, the same tree in every round: what is counted is what training changes.
+        """
+        target, options = self.target, replace(options, lookup=False)
         contemplates = self.config.contemplate and options.contemplate
         contemplator = self.contemplator(target) if contemplates else None
-        return TreeReplay(lambda: self.new_drafter(target), contemplator, self.config.target_layer_ids, options)
+        return TreeReplay(
+            lambda: self.new_drafter(target, options), contemplator, self.config.target_layer_ids, options
+        )
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""
@@ -216,17 +226,41 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         return self._attachment.adapter_name if self._attachment.loose_adapter() is not None else None
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Write the draft, its generation config, and the adapter in `adapter/`: the layout of a Hub repository."""
-        if push_to_hub:
-            push_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        """Write the draft, its generation config, and the adapter in `adapter/`: the layout of a Hub repository.
+
+        The config remembers the target that the draft is attached to, and the vocabulary of `tokenizer`.
+        """
+        push_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
+        remember_target(self.config, self.target, tokenizer)
         write_pair(save_directory, self, self._loose_adapter(), is_main_process=is_main_process, **kwargs)
-        if not is_main_process:
-            return
-        if push_to_hub:
-            repo_id = push_arguments.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, **push_arguments)
+        if push_to_hub and is_main_process:
+            publish(save_directory, push_arguments.pop("repo_id", Path(save_directory).name), **push_arguments)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Upload draft, adapter, generation config and, where there is none, a card, in one commit.
+
+        Args:
+            tokenizer: as in [`save_pretrained`].
+            **kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, `tags`.
+        """
+        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, tokenizer=tokenizer, **sizes)
+            return publish(folder, repo_id, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         """An assistant cannot write by itself; Transformers calls this when the target was never attached."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import weakref
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,19 @@ from ..decoding.loop import Decoder, confu_generate
 from ..errors import refusal
 from ..options import OPTION_ARGUMENTS, TreeOptions
 from ..target.support import check_supported
-from .checks import check_adapter, check_inputs, check_pair, check_placement, check_strategy, is_confu, resolve_options
+from .checks import (
+    check_adapter,
+    check_inputs,
+    check_pair,
+    check_placement,
+    check_strategy,
+    confu_layer,
+    is_confu,
+    resolve_options,
+)
+
+# Which assistants a target serves: the last to leave takes the route away.
+_assistants: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
 
 class ConFuGenerationMixin(compat.GenerateSteps):
@@ -45,7 +58,8 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             )
         check_supported(self)
         check_pair(assistant.config, self)
-        check_placement(assistant, self)
+        if isinstance(assistant, nn.Module):  # a LookupAssistant has no weights to place
+            check_placement(assistant, self)
         check_strategy(generation_config)
         options = resolve_options(assistant, self, generation_config, taken)
         if options.contemplate:
@@ -71,7 +85,7 @@ class ConFuGenerationMixin(compat.GenerateSteps):
         decoder = Decoder(
             self,
             assistant.config.target_layer_ids,
-            assistant.new_drafter(self),
+            assistant.new_drafter(self, checked),
             assistant.new_policy(checked),
             assistant.contemplator(self) if checked.contemplate else None,
             logits_processor,
@@ -118,6 +132,14 @@ def route(target: nn.Module) -> None:
         target.__class__ = _routed_class(type(target))
 
 
-def unroute(target: nn.Module) -> None:
-    if isinstance(target, ConFuGenerationMixin):
+def serve(target: PreTrainedModel, assistant: object) -> None:
+    """Route a target for an assistant that was attached to it."""
+    route(target)
+    _assistants.setdefault(target, weakref.WeakSet()).add(assistant)
+
+
+def release(target: PreTrainedModel, assistant: object) -> None:
+    """Undo [`serve`]. The route stays for other assistants, and for adapters that PEFT loaded."""
+    _assistants[target].discard(assistant)
+    if not _assistants[target] and confu_layer(target) is None and isinstance(target, ConFuGenerationMixin):
         target.__class__ = type(target)._target_class

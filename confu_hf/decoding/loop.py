@@ -22,9 +22,10 @@ from ..tree.layout import VerifyLayout, verify_layout
 from .acceptance import Acceptance, accept
 from .contemplation import Contemplator
 from .drafting import Drafter
-from .policy import Policy, RoundPlan
+from .policy import Chosen, Policy
 from .state import DecodingState, Rows, append
 from .stats import GenerationStats, RoundRecord, Stopwatch, Tally
+from .sweep import Bench
 
 # A cache gets room for this many more tokens at once; longer answers double it.
 RESERVED_TOKENS = 1024
@@ -102,21 +103,38 @@ class Decoder:
             plan = self.policy.plan(state, self.tally.records)
         with timed("draft"):
             tree = self.drafter.grow(state, plan)
+        with timed("policy"):
+            chosen = self.policy.prune(state, tree, self.drafter.steps)
+            tree = chosen.tree
         with timed("verify"):
-            layout = self._layout(tree, plan, state)
+            layout = self._layout(tree, chosen.contemplate_tokens, state)
             verified = self._verify(layout, state)
         with timed("accept"):
             acceptance = self._accept(tree, verified.logits, state.input_ids, state.lengths, state.finished)
         with timed("cache"):
             state = self._keep(state, tree, layout, verified, acceptance)
-        nodes, contemplated = tree.tokens.shape[1], layout.contemplate_nodes.shape[1]
-        self.tally.records.append(RoundRecord(acceptance.counts, nodes, contemplated, self.stopwatch.read()))
+        self.tally.records.append(self._record(chosen, layout, acceptance))
         return state, acceptance
 
-    def _layout(self, tree: DraftTree, plan: RoundPlan, state: DecodingState) -> VerifyLayout:
+    def _record(self, chosen: Chosen, layout: VerifyLayout, acceptance: Acceptance) -> RoundRecord:
+        seconds = self.stopwatch.read()
+        # From here on a GPU has nothing left to do, and reading from it waits for nothing.
+        path = tuple(tuple(node for node in row if node >= 0) for row in acceptance.path.tolist())
+        contemplated = layout.contemplate_nodes.tolist()
+        return RoundRecord(
+            accepted=acceptance.counts,
+            nodes=layout.tokens.shape[1],
+            contemplate_tokens=layout.contemplate_nodes.shape[1],
+            seconds=seconds,
+            path=path,
+            fresh=tuple(row[-1] in nodes if row else False for row, nodes in zip(path, contemplated, strict=True)),
+            forecasts=chosen.forecasts,
+        )
+
+    def _layout(self, tree: DraftTree, contemplate_tokens: int | None, state: DecodingState) -> VerifyLayout:
         nodes = tree.tokens[:, :0]
         if self.contemplator is not None:
-            nodes = self.contemplator.nodes(tree, plan.contemplate_tokens)
+            nodes = self.contemplator.nodes(tree, contemplate_tokens)
         return verify_layout(
             tree,
             nodes,
@@ -209,12 +227,15 @@ def confu_generate(
     decoder.drafter.recall(cache, input_ids)
     state, acceptance = decoder.start(input_ids, attention_mask, cache)
     with accelerated(decoder.target, decoder.drafter.network, pack_weights):
+        execution = f"pack_weights={pack_weights}"
+        decoder.policy.prepare(Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution))
         while True:
             if streamer is not None:
                 streamer.put(acceptance.tokens[0].cpu())
             if all(state.finished):
                 break
             state, acceptance = decoder.round(state)
+        decoder.policy.finish()
     if streamer is not None:
         streamer.end()
     stats = decoder.tally.stats(sum(state.lengths) - input_ids.numel())

@@ -9,9 +9,29 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..metrics import acceptance_by_depth, mean_accepted_length
+from ..metrics import ReliabilityBin, acceptance_by_depth, mean_accepted_length, reliability
 
 PHASES = ("policy", "draft", "verify", "accept", "cache")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What was expected of one tree; one entry per node, the root's first.
+
+    Attributes:
+        parents, depths: as in `DraftTree`.
+        drafted: the draft's probability of a node, once its parent is accepted; 1 for the root.
+        expected: the same as calibrated by what was accepted before.
+    """
+
+    parents: tuple[int, ...]
+    depths: tuple[int, ...]
+    drafted: tuple[float, ...]
+    expected: tuple[float, ...]
+
+    def outcomes(self, path: tuple[int, ...]) -> list[tuple[int, bool]]:
+        """Nodes whose parent was accepted, and whether they were: of the others nothing was learned."""
+        return [(node, node in path) for node, parent in enumerate(self.parents) if node > 0 and parent in path]
 
 
 @dataclass(frozen=True)
@@ -23,12 +43,18 @@ class RoundRecord:
         nodes: tree nodes of a batch row that went through the target, root included.
         contemplate_tokens: contemplate tokens of a batch row.
         seconds: wall time of each of [`PHASES`], as the device saw it.
+        path: accepted nodes of each batch row, the root's 0 first; empty for a row that had ended.
+        fresh: whether a row's last accepted node carried a contemplate token of its own.
+        forecasts: what the policy expected, by batch row; empty if it calculated nothing.
     """
 
     accepted: tuple[int, ...]
     nodes: int
     contemplate_tokens: int
     seconds: dict[str, float]
+    path: tuple[tuple[int, ...], ...] = ()
+    fresh: tuple[bool, ...] = ()
+    forecasts: tuple[Forecast, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,7 @@ class GenerationStats:
         verified_nodes: tree nodes that went through the target, roots included.
         contemplate_tokens: contemplate tokens that went through the target.
         seconds_draft, seconds_verify, seconds_rest: wall time (the rest: prefill, acceptance, caches).
+        reliability: how often drafted nodes were accepted, beside how often they were expected to be.
         records: one per round.
     """
 
@@ -53,6 +80,7 @@ class GenerationStats:
     seconds_draft: float
     seconds_verify: float
     seconds_rest: float
+    reliability: tuple[ReliabilityBin, ...] = ()
     records: tuple[RoundRecord, ...] = field(default=(), repr=False)
 
 
@@ -114,5 +142,15 @@ class Tally:
             seconds_draft=seconds["draft"],
             seconds_verify=seconds["verify"],
             seconds_rest=elapsed - seconds["draft"] - seconds["verify"],
+            reliability=reliability(self._outcomes()),
             records=tuple(self.records),
         )
+
+    def _outcomes(self) -> list[tuple[float, bool]]:
+        """Every node whose parent was accepted: the probability expected, and whether it was accepted."""
+        return [
+            (forecast.expected[node], accepted)
+            for record in self.records
+            for forecast, path in zip(record.forecasts, record.path, strict=False)
+            for node, accepted in forecast.outcomes(path)
+        ]

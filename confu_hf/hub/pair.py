@@ -6,7 +6,7 @@
     adapter/adapter_config.json          the same for the adapter
     adapter/adapter_model.safetensors
 
-The assistant, the trainer and converters of foreign checkpoints come here. Everything is read and checked (complete,
+An EAGLE-3 draft of another project is told by its `config.json` and brought to our form on the way (`conversion/`). The assistant, the trainer and converters come here. Everything is read and checked (complete,
 the right shapes, finite, the checksum where there is one) before a model is built or touched; building the draft in a
 dtype, on a device, is Transformers', putting the adapter on a target is `adapter/attachment.py`'s.
 """
@@ -14,7 +14,6 @@ dtype, on a device, is Transformers', putting the adapter on a target is `adapte
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,21 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, logging
 
 from ..adapter.attachment import LooseAdapter
-from ..adapter.checksum import CHECKSUM, check_checksum, read_tensors, record_checksum
+from ..adapter.checksum import CHECKSUM, check_checksum, record_checksum
 from ..adapter.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, load_adapter_folder, save_adapter_folder
 from ..compat import cached_file
 from ..configuration_confu import ConFuConfig
 from ..errors import refusal
 from ..modeling_confu import ConFuDraftModel
 from ..options import ConFuGenerationConfig
+from .conversion.formats import convert, find_format
+from .conversion.layer import Foreign
+from .files import check_folder, read_config, read_weights, take_hub_arguments
 
 logger = logging.get_logger(__name__)
 
 ADAPTER_FOLDER = "adapter"
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 MODEL_ARGUMENTS = ("dtype", "torch_dtype")  # they are in a saved config too, but say how to load
 
 
@@ -63,12 +65,16 @@ def read_pair(
     *,
     config: ConFuConfig | str | os.PathLike | None = None,
     adapter_required: bool = True,
+    target: PreTrainedModel | PreTrainedConfig | None = None,
+    allow_pickle: bool = False,
     **kwargs: Any,
 ) -> SavedPair:
-    """Read and check a pair.
+    """Read and check a pair, or an EAGLE-3 draft of another project.
 
     Args:
         path: a folder, or a repository on the Hub.
+        target: the model, or its config, that a foreign draft is for; ConFu's own say it themselves.
+        allow_pickle: read a foreign draft's `pytorch_model.bin` where there is no safetensors file.
         config: instead of the one beside the weights, as in `PreTrainedModel.from_pretrained`.
         adapter_required: refuse a draft that contemplates and comes without an adapter.
         **kwargs: where files come from (`revision`, `subfolder`, `token`, `cache_dir`, ...); fields of the config to
@@ -78,14 +84,24 @@ def read_pair(
         FileNotFoundError: a file is missing.
         ValueError: files are corrupted, incomplete, not finite, or not those that a checksum was taken of.
     """
-    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    hub = {name: value for name, value in hub.items() if value is not None}
-    _check_folder(path, hub.get("subfolder", ""))
-    config, checksum, arguments = _read_config(path, config, hub, kwargs)
-    weights = _read_draft(path, hub)
-    source = f"The ConFu draft in {path}"
-    _check_draft(config, weights, source)
-    check_checksum(checksum, weights, source=path)
+    hub = take_hub_arguments(kwargs)
+    check_folder(path, hub.get("subfolder", ""))
+    saved = read_config(path, hub)
+    if saved.get("model_type") != ConFuConfig.model_type:
+        if find_format(saved) is None:
+            raise refusal(
+                f"{CONFIG_NAME} of {path}",
+                got=f"model_type {saved.get('model_type')!r}",
+                expected=f"{ConFuConfig.model_type!r}, or an EAGLE-3 draft of SafeAILab, SpecForge, speculators or ModelOpt",
+                fix="Pass a ConFu pair or such a draft.",
+            )
+        weights = read_weights(path, hub, allow_pickle=allow_pickle)
+        return _read_foreign(path, saved, weights, target, kwargs)
+    config, arguments = _read_config(path, config, saved, hub, kwargs)
+    weights = read_weights(path, hub)
+    _check_draft(config, weights, f"The ConFu draft in {path}")
+    # The checksum is of the weights beside it, whichever config is asked for.
+    check_checksum(saved.get(CHECKSUM), weights, source=path)
     try:
         generation_config = ConFuGenerationConfig.from_pretrained(path, **hub)
     except OSError:
@@ -111,7 +127,7 @@ def write_pair(
         return
     folder = Path(folder)
     # Of what lies there now: which tensors, and under which names, was Transformers' business.
-    record_checksum(folder / CONFIG_NAME, _read_draft(folder, {}))
+    record_checksum(folder / CONFIG_NAME, read_weights(folder, {}))
     if isinstance(getattr(draft, "generation_config", None), ConFuGenerationConfig):
         draft.generation_config.save_pretrained(folder)
     if adapter is not None and adapter.weights is not None:
@@ -120,72 +136,51 @@ def write_pair(
         logger.warning(f"{folder} gets a draft without its adapter: none is loaded or attached.")
 
 
-def _check_folder(path: str | os.PathLike, subfolder: str) -> None:
-    """Name what a folder lacks; repositories on the Hub are left to the download."""
-    folder = Path(path) / subfolder
-    if not Path(path).is_dir():
-        return
-    files = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else "no such folder"
-    if CONFIG_NAME not in files or not {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} & set(files):
-        raise refusal(
-            f"The ConFu draft in {folder}",
-            got=files,
-            expected=f"{CONFIG_NAME} and {SAFE_WEIGHTS_NAME} among them",
-            fix="Pass the folder that `save_pretrained` wrote (its root, not `adapter/`), or download it again.",
-            error=FileNotFoundError,
-        )
-
-
 def _read_config(
     path: str | os.PathLike,
     config: ConFuConfig | str | os.PathLike | None,
+    saved: Mapping[str, Any],
     hub: Mapping[str, Any],
     arguments: Mapping[str, Any],
-) -> tuple[ConFuConfig, str | None, dict[str, Any]]:
-    """The draft's config without the checksum, the checksum, and the arguments that are no fields of the config."""
-    # The checksum is of the weights beside it, whichever config is asked for.
-    saved, _ = ConFuConfig.get_config_dict(path, **hub)
-    if saved.get("model_type") != ConFuConfig.model_type:
-        raise refusal(
-            f"{CONFIG_NAME} of {path}",
-            got=f"model_type {saved.get('model_type')!r}",
-            expected=f"{ConFuConfig.model_type!r}",
-            fix="Pass a ConFu pair, or convert the checkpoint first.",
-        )
+) -> tuple[ConFuConfig, dict[str, Any]]:
+    """The draft's config without the checksum, and the arguments that are no fields of the config."""
     if isinstance(config, ConFuConfig):
         fields = {}
     else:
-        known = saved.keys() | inspect.signature(ConFuConfig.__init__).parameters.keys()
-        fields = {name: value for name, value in arguments.items() if name in known and name not in MODEL_ARGUMENTS}
+        fields = _config_fields(arguments, saved)
         try:
             config = ConFuConfig.from_pretrained(config or path, **hub, **fields)
         except (AttributeError, TypeError, ZeroDivisionError) as error:
             raise _no_draft(path, error) from error
     config.__dict__.pop(CHECKSUM, None)
-    others = {name: value for name, value in arguments.items() if name not in fields}
-    return config, saved.get(CHECKSUM), others
+    return config, {name: value for name, value in arguments.items() if name not in fields}
 
 
-def _read_draft(path: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """All tensors of the draft, of one file or of several with an index."""
-    try:
-        return read_tensors(cached_file(path, SAFE_WEIGHTS_NAME, **hub))
-    except OSError as missing:
-        try:
-            index = Path(cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **hub))
-        except OSError:
-            raise missing from None
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+def _config_fields(arguments: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that are fields of a draft's config."""
+    known = saved.keys() | inspect.signature(ConFuConfig.__init__).parameters.keys()
+    return {name: value for name, value in arguments.items() if name in known and name not in MODEL_ARGUMENTS}
+
+
+def _read_foreign(
+    path: str | os.PathLike, saved: dict[str, Any], weights: dict[str, torch.Tensor], target: Any, arguments: Mapping
+) -> SavedPair:
+    """An EAGLE-3 draft of another project, for `target`."""
+    if target is None:
         raise refusal(
-            f"{SAFE_WEIGHTS_INDEX_NAME} of {path}",
-            got=f"a file that cannot be understood ({type(error).__name__}: {error})",
-            expected="the index of a draft saved in several files",
-            fix="Download it again.",
-        ) from error
-    files = [cached_file(path, name, **hub) for name in names]
-    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+            f"The EAGLE-3 checkpoint {path}",
+            got="no target",
+            expected="the model that it drafts for: the checkpoint does not say all of its shapes",
+            fix="Pass `target=model`, or convert it once with examples/convert.py.",
+        )
+    fields = _config_fields(arguments, {})
+    target_config, embeddings = target, None
+    if not isinstance(target, PreTrainedConfig):
+        target_config, embeddings = target.config, target.get_input_embeddings().weight
+    config, weights = convert(Foreign(str(path), saved, weights), target_config, fields, embeddings)
+    _check_draft(config, weights, f"The EAGLE-3 checkpoint {path}")
+    others = {name: value for name, value in arguments.items() if name not in fields}
+    return SavedPair(config, weights, ConFuGenerationConfig(contemplate=False), None, others)
 
 
 def _check_draft(config: ConFuConfig, weights: Mapping[str, torch.Tensor], source: str) -> None:

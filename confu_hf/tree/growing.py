@@ -1,14 +1,15 @@
 """Grows a draft tree, layer by layer, as EAGLE-2 does.
 
 Pure index work with a leading batch dimension. It knows no model: the draft is a callable that a lookup table can
-replace. Nothing here reads a value back to the host, so a GPU is never waited for, but for `confidence_threshold`,
-which makes the size of a tree depend on values. Laying a tree out for the verify pass is layout.py's, where a walk ends
+replace. Nothing here reads a value back to the host, so a GPU is never waited for, but for `confidence_threshold` and
+`another_step`, which make the size of a tree depend on values. Laying a tree out for the verify pass is layout.py's, where a walk ends
 ends.py's, walking decoding/acceptance.py's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 
 from ..errors import refusal
 from .draft_tree import DraftTree, best_first
+from .pruning import prune
+
+# Asked between two layers: whether to draft one more. Gets, of the candidates of the newest layer, each (B, candidates):
+# the parents, numbered through all candidates so far (the root is 0), and the joint log-probabilities.
+AnotherStep = Callable[[Tensor, Tensor], bool]
 
 
 class DraftStep(Protocol):
@@ -44,6 +50,7 @@ def grow_tree(
     depth: int,
     top_k: int,
     confidence_threshold: float = 0.0,
+    another_step: AnotherStep | None = None,
 ) -> DraftTree:
     """Grow the dynamic draft tree of EAGLE-2.
 
@@ -58,22 +65,18 @@ def grow_tree(
             threshold, not again once no further node could stay in the tree.
         root_tokens: (B,) long.
         total_tokens: T, drafted nodes to keep, root not counted. With fewer candidates than that the tree is smaller.
-        depth: greatest depth of a drafted node.
+        depth: greatest depth of a drafted node. A `ValueError` is raised if it or `total_tokens` is negative.
         top_k: nodes expanded per layer, and children considered for each.
         confidence_threshold: nodes of a smaller joint probability are left out, in [0, 1); a batch keeps the most.
-
-    Raises:
-        ValueError: if `total_tokens` or `depth` is negative.
+        another_step: asked after each layer but the last whether to go on.
     """
-    if total_tokens < 0 or depth < 0:
-        got = f"total_tokens={total_tokens} and depth={depth}"
-        raise refusal("grow_tree", got=got, expected="both 0 or more", fix="0 = no draft.")
+    _check_size(total_tokens, depth)
     depth = depth if total_tokens else 0
     beam_tokens = root_tokens.unsqueeze(1)  # (B, 1)
     beam_ids = torch.zeros_like(beam_tokens)  # position in the list of candidates; the root is candidate 0
     beam_log_probs = torch.zeros(beam_tokens.shape, device=root_tokens.device)
     beam_parents = None
-    # One entry per layer, each (B, candidates of the layer); the entries side by side are the list of candidates.
+    # One entry per layer, each (B, candidates of it); side by side they are the list of candidates.
     tokens, parent_ids, depths, log_probs = [beam_tokens], [beam_ids], [beam_ids], [beam_log_probs]
     floor = math.log(confidence_threshold) if confidence_threshold > 0 else None
     num_candidates = 1
@@ -86,7 +89,8 @@ def grow_tree(
         log_probs.append(joint.flatten(1))
         parent_ids.append(beam_ids.unsqueeze(-1).expand_as(child_tokens).flatten(1))
         depths.append(torch.full_like(tokens[-1], layer))
-        if layer == depth or (floor is not None and not _can_grow(log_probs, total_tokens, floor)):
+        last = layer == depth or (floor is not None and not _can_grow(log_probs, total_tokens, floor))
+        if last or (another_step and not another_step(parent_ids[-1], log_probs[-1])):
             break
         chosen = best_first(log_probs[-1], top_k)  # (B, top_k), positions within this layer
         beam_tokens = tokens[-1].gather(1, chosen)
@@ -95,33 +99,22 @@ def grow_tree(
         beam_parents = chosen // children
         beam_ids = chosen + num_candidates
         num_candidates += tokens[-1].shape[1]
-    return _best_tree(tokens, parent_ids, depths, log_probs, total_tokens, floor)
+    candidates = DraftTree(*(torch.cat(layers, dim=1) for layers in (tokens, parent_ids, depths, log_probs)))
+    return _best_tree(candidates, total_tokens, floor)
 
 
-def _best_tree(
-    tokens: list[Tensor],
-    parent_ids: list[Tensor],
-    depths: list[Tensor],
-    log_probs: list[Tensor],
-    total_tokens: int,
-    floor: float | None,
-) -> DraftTree:
-    """The tree of the best candidates; the lists hold one entry `(B, candidates)` per layer, the root's first."""
-    all_log_probs = torch.cat(log_probs, dim=1)
+def _check_size(total_tokens: int, depth: int) -> None:
+    if total_tokens < 0 or depth < 0:
+        got = f"total_tokens={total_tokens} and depth={depth}"
+        raise refusal("grow_tree", got=got, expected="both 0 or more", fix="0 = no draft.")
+
+
+def _best_tree(candidates: DraftTree, total_tokens: int, floor: float | None) -> DraftTree:
+    """The tree of the best candidates; ascending, so that parents come first and the root is node 0."""
     count = total_tokens + 1
     if floor is not None:
-        count = min(count, int((all_log_probs >= floor).sum(1).max()))
-    kept = best_first(all_log_probs, count).sort(dim=1).values  # ascending: parents first, the root at 0
-    # A parent's new index is its place among the kept. Kept candidates 0 1 2 5, parents 0 0 0 2: new parents 0 0 0 2,
-    # and a child of candidate 5 would find it at index 3.
-    parents = torch.searchsorted(kept, torch.cat(parent_ids, dim=1).gather(1, kept))
-    parents[:, 0] = -1
-    return DraftTree(
-        tokens=torch.cat(tokens, dim=1).gather(1, kept),
-        parents=parents,
-        depths=torch.cat(depths, dim=1).gather(1, kept),
-        log_probs=all_log_probs.gather(1, kept),
-    )
+        count = min(count, int((candidates.log_probs >= floor).sum(1).max()))
+    return prune(candidates, best_first(candidates.log_probs, count).sort(dim=1).values)
 
 
 def _can_grow(log_probs: list[Tensor], total_tokens: int, floor: float) -> bool:

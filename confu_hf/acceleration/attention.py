@@ -1,0 +1,55 @@
+"""Attention over a tree's mask without copies of keys and values, for targets with grouped queries on the CPU.
+
+Transformers' `sdpa` copies every key and value once per query head as soon as there is a mask: in every layer of every
+verify pass the whole cache, several times over. PyTorch's kernel for the CPU reads groups as they are. On other devices
+it would leave its fast kernels for that, so nothing changes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from .. import compat
+
+GROUPED = "confu_grouped_sdpa"
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
+) -> tuple[Tensor, None]:
+    """What `sdpa` computes: `query` `(B, heads, Q, d)`, `key` and `value` `(B, kv_heads, K, d)` -> `(B, Q, heads, d)`.
+
+    With nothing to gain (no mask, one query head per key) or more to do than a mask (`position_bias`, ...), it is
+    `sdpa` that computes it.
+    """
+    more = arguments.get("dropout") or any(arguments.get(name) is not None for name in ("position_bias", "softcap"))
+    if more or attention_mask is None or query.shape[1] == key.shape[1]:
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **arguments)
+    context = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=arguments.get("scaling"), enable_gqa=True
+    )
+    return context.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, AttentionMaskInterface()["sdpa"])
+
+
+@contextmanager
+def grouped_queries(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, `model` attends by [`grouped_attention`] if it is on the CPU and attends by `sdpa`."""
+    config = model.config.get_text_config(decoder=True)
+    if model.device.type != "cpu" or compat.attention_implementation(config) != "sdpa":
+        yield
+        return
+    compat.set_attention_implementation(config, GROUPED)
+    try:
+        yield
+    finally:
+        compat.set_attention_implementation(config, "sdpa")

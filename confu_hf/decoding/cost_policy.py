@@ -1,0 +1,375 @@
+"""The policy that weighs what a round costs against the tokens it is expected to bring.
+
+Before drafting it decides whether to draft at all, between draft steps whether to go on, after drafting which nodes are
+verified and how many of them contemplate. What it knows is in experience.py; everything here is a number on the host.
+On a GPU the depth is decided beforehand and the tree is read back once, so the host waits once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..acceleration.costs import CostModel, RunningMean
+from ..options import TreeOptions
+from ..tree.draft_tree import DraftTree
+from ..tree.pruning import prune
+from .experience import Experience
+from .policy import Chosen, RoundPlan, depth_left
+from .state import DecodingState
+from .stats import Forecast, RoundRecord
+from .sweep import Bench
+
+# A plain round is timed anew after so many others: without it nobody knows what drafting is compared with.
+REFRESH = 128
+# What drafting gains over plain rounds, in tokens a round: what is believed at first, how slowly that changes, and the
+# least it is said to be, so that it comes back in a few rounds.
+FIRST_GAIN, GAIN_MEMORY, LEAST_GAIN = 0.25, 8, -0.25
+# Rounds until a first probe while drafting does not pay; the share of the time that probes may cost in the long run; the
+# nodes of a probe; what is left of old forecasts after one that paid.
+FIRST_PAUSE, PROBE_SHARE, PROBE_NODES, FADE = 4, 0.0075, 4, 0.25
+# Where contemplate tokens are not worth their rows, one is run now and then all the same, to learn of their worth.
+EXPLORE = 32
+
+
+def at_its_word(probability: float, depth: int) -> float:
+    """The draft taken at its word."""
+    return probability
+
+
+def probabilities(
+    log_probs: Sequence[float], parents: Sequence[int], depths: Sequence[int], calibrate: Callable[[float, int], float]
+) -> tuple[list[float], list[float], list[float]]:
+    """Of the nodes of one tree: the draft's conditional probabilities, the expected ones, and the products of these
+    from the root down. Parents come before their children; entry 0 is the root."""
+    drafted, expected, joint = [1.0], [1.0], [1.0]
+    for node in range(1, len(log_probs)):
+        parent = parents[node]
+        drafted.append(math.exp(min(0.0, log_probs[node] - log_probs[parent])))
+        expected.append(calibrate(drafted[node], depths[node]))
+        joint.append(joint[parent] * expected[node])
+    return drafted, expected, joint
+
+
+def ranked(joint: Sequence[float]) -> list[int]:
+    """Nodes, best first. Among equals the earlier one, so a parent is before its children: every cut is a tree."""
+    return sorted(range(len(joint)), key=joint.__getitem__, reverse=True)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The number of nodes of each batch row that brings the most tokens a second: `nodes`, the root not counted,
+    with the `tokens` expected of all rows and the `seconds` of the round."""
+
+    nodes: int
+    tokens: float
+    seconds: float
+
+
+def best_number(gains: Sequence[float], limit: int, active: int, seconds: Callable[[int], float]) -> Best:
+    """Every number of nodes is looked at: the cost of a pass has steps.
+
+    Args:
+        gains: tokens expected of the first, second, ... node, of all batch rows together.
+        limit: the most nodes. active: batch rows that have not ended, each sure of one token.
+        seconds: of a round with so many nodes.
+    """
+    best = Best(0, float(active), seconds(0))
+    tokens = best.tokens
+    for number, gain in enumerate(gains[:limit], 1):
+        tokens += gain
+        cost = seconds(number)
+        if tokens * best.seconds > best.tokens * cost:
+            best = Best(number, tokens, cost)
+    return best
+
+
+@dataclass
+class _Round:
+    """The round under way: how it was planned, and what was seen of it since.
+
+    Attributes:
+        context: decided tokens of the longest batch row. active: which batch rows have not ended.
+        probe: drafts only to see if that pays again. steps: of the draft, so far.
+        reads_backlog: the draft has more to read than one round's rows, so its seconds say nothing of a step.
+        best: what was expected of the nodes chosen.
+        log_probs, joint: of each batch row, for all candidates so far: the draft's, and as expected.
+        last_layer: tokens expected of the layer before.
+    """
+
+    context: int
+    active: tuple[bool, ...]
+    probe: bool
+    reads_backlog: bool
+    steps: int = 0
+    best: Best | None = None
+    log_probs: list[list[float]] = field(default_factory=list)
+    joint: list[list[float]] = field(default_factory=list)
+    last_layer: float = 1.0
+
+
+class CostPolicy:
+    """Each round as much draft as pays, none if none does. The options are upper limits.
+
+    Args:
+        options: the limits. experience: what is known from earlier calls; it goes on learning.
+    """
+
+    def __init__(self, options: TreeOptions, experience: Experience):
+        self.options, self.experience = options, experience
+        self.calibration = experience.calibrations[options.contemplate]
+        self.costs, self.bench = CostModel(), None
+        self.gain = RunningMean(FIRST_GAIN, 2)
+        self.pause, self.wait = FIRST_PAUSE, 0
+        # Tokens expected of each depth, and nodes verified: where no one asks between steps, the depth follows from them.
+        self.layers, self.nodes = [], RunningMean()
+        self.rounds = 0
+        self.round: _Round | None = None
+        self.fresh: tuple[bool, ...] = ()  # whether the last round left a fresh future
+
+    def prepare(self, bench: Bench) -> None:
+        """Look the costs up, or measure them."""
+        self.bench, self.costs = bench, self.experience.costs_for(bench)
+
+    def finish(self) -> None:
+        """Keep what was measured."""
+        if self.bench is not None:
+            self.experience.keep(self.bench)
+
+    # 1. Before drafting
+
+    def plan(self, state: DecodingState, history: Sequence[RoundRecord]) -> RoundPlan:
+        """Draft as long as it pays; else a probe now and then."""
+        drafted = self.round is not None and self.round.steps > 0
+        if history and self.round is not None:
+            self._learn(history[-1], state.finished)
+        depth = depth_left(state, self.options.depth)
+        active = tuple(not done for done in state.finished)
+        self.round = _Round(max(state.lengths), active, probe=False, reads_backlog=not drafted)
+        if depth == 0 or self.options.total_tokens == 0 or self._plain_is_due(state):
+            return RoundPlan(0, 0, self.options.top_k)
+        if self.gain.value <= 0:
+            self.wait -= 1
+            if self.wait >= 0:
+                return RoundPlan(self.options.total_tokens, 0, self.options.top_k)
+            self.round.probe = True
+        on_host = state.input_ids.device.type == "cpu"
+        depth = 1 if self.round.probe else depth if on_host else self._likely_depth(depth)
+        self.round.steps = 1
+        self.round.log_probs, self.round.joint = [[0.0] for _ in active], [[1.0] for _ in active]
+        return RoundPlan(
+            total_tokens=self.options.total_tokens,
+            depth=depth,
+            top_k=self.options.top_k,
+            another_step=self._another_step if on_host else None,
+        )
+
+    def _plain_is_due(self, state: DecodingState) -> bool:
+        """Whether nobody knows what a plain round costs here, or it was timed long ago."""
+        if not self.costs.learns or self.rounds == 0:
+            return False
+        unknown = self.costs.rounds_seen(len(state.finished), max(state.lengths)) == 0
+        return unknown or self.experience.rounds_since_plain >= REFRESH
+
+    # 2. Between draft steps
+
+    def _another_step(self, parents: Tensor, log_probs: Tensor) -> bool:
+        """[`tree.growing.AnotherStep`]: whether one more layer would bring tokens faster than this tree does.
+
+        The next layer is expected to keep as much of this one as this one kept of the layer before.
+        """
+        this, calibrate = self.round, self._calibrate()
+        known = len(this.joint[0])
+        for row, (row_parents, row_log_probs) in enumerate(zip(parents.tolist(), log_probs.tolist(), strict=True)):
+            joint, past = this.joint[row], this.log_probs[row]
+            for parent, log_prob in zip(row_parents, row_log_probs, strict=True):
+                conditional = math.exp(min(0.0, log_prob - past[parent]))
+                joint.append(joint[parent] * calibrate(conditional, this.steps))
+            past += row_log_probs
+        best = self._best(this.joint)
+        layer = 0.0
+        for joint, active in zip(this.joint, this.active, strict=True):
+            chosen = ranked(joint)[: best.nodes + 1] if active else []
+            layer += sum(joint[node] for node in chosen if node >= known)
+        pays = layer > 0 and self._step_pays(best, layer * min(1.0, layer / this.last_layer))
+        this.last_layer = layer
+        this.steps += pays
+        return pays
+
+    def _step_pays(self, best: Best, tokens: float) -> bool:
+        """Whether so many more tokens are worth a step and a row."""
+        step = self._draft_seconds(self.round.steps + 1) - self._draft_seconds(self.round.steps)
+        row = self._pass_seconds(best.nodes + 1) - self._pass_seconds(best.nodes)
+        return tokens * best.seconds > best.tokens * (step + row)
+
+    def _likely_depth(self, limit: int) -> int:
+        """The depth that would have paid in the rounds before; all of it at first."""
+        if not self.layers:
+            return limit
+        tokens = [float(sum(self.round.active)), *(layer.value for layer in self.layers)]
+        total, best_depth, best_rate = tokens[0], 1, 0.0
+        nodes = max(1, round(self.nodes.value))
+        for depth in range(1, limit + 1):
+            if depth == len(tokens):
+                tokens.append(tokens[-1] * min(1.0, tokens[-1] / tokens[-2]) if tokens[-2] else 0.0)
+            total += tokens[depth]
+            rate = total / (self._draft_seconds(depth) + self._pass_seconds(nodes))
+            if rate > best_rate:
+                best_depth, best_rate = depth, rate
+        return best_depth
+
+    # 3. After drafting
+
+    def prune(self, state: DecodingState, tree: DraftTree, steps: int) -> Chosen:
+        """The nodes that pay, and contemplate tokens where they do."""
+        this = self.round
+        this.steps = steps
+        if steps == 0 and tree.tokens.shape[1] == 1:
+            return Chosen(tree, 0)
+        numbers = torch.stack([tree.parents.double(), tree.depths.double(), tree.log_probs.double()], dim=1).tolist()
+        rows = []
+        for parents, depths, log_probs in numbers:  # of each batch row
+            parents, depths = [int(parent) for parent in parents], [int(depth) for depth in depths]
+            drafted, expected, joint = probabilities(log_probs, parents, depths, self._calibrate())
+            rows.append((parents, depths, drafted, expected, self._above_threshold(joint, log_probs)))
+        joints = [row[-1] for row in rows]
+        this.best = self._best(joints)
+        most = tree.tokens.shape[1] - 1
+        number = min(max(this.best.nodes, 1), PROBE_NODES, most) if this.probe else this.best.nodes
+        kept = [sorted(ranked(joint)[: number + 1]) for joint in joints]
+        if number < most:
+            tree = prune(tree, torch.tensor(kept, device=tree.tokens.device))
+        forecasts = tuple(_forecast(nodes, *row[:-1]) for nodes, row in zip(kept, rows, strict=True))
+        joints = [[joint[node] for node in nodes] for nodes, joint in zip(kept, joints, strict=True)]
+        self._remember_layers(forecasts, joints)
+        return Chosen(tree, self._contemplate_tokens(number, forecasts, joints), forecasts)
+
+    def _above_threshold(self, joint: list[float], log_probs: list[float]) -> list[float]:
+        """`joint`, 0 where the draft's own word is below the threshold of the options."""
+        floor = self.options.confidence_threshold
+        return [p if math.exp(raw) >= floor else 0.0 for p, raw in zip(joint, log_probs, strict=True)]
+
+    def _remember_layers(self, forecasts: Sequence[Forecast], joints: Sequence[Sequence[float]]) -> None:
+        tokens = [0.0] * self.round.steps
+        for forecast, joint, active in zip(forecasts, joints, self.round.active, strict=True):
+            for depth, probability in zip(forecast.depths[1:], joint[1:], strict=True):
+                if depth <= len(tokens):  # deeper ones were looked up
+                    tokens[depth - 1] += probability * active
+        self.layers += [RunningMean() for _ in range(len(tokens) - len(self.layers))]
+        for layer, value in zip(self.layers, tokens, strict=False):
+            layer.add(value)
+        self.nodes.add(len(joints[0]) - 1)
+
+    def _contemplate_tokens(self, nodes: int, forecasts: Sequence[Forecast], joints: Sequence[Sequence[float]]) -> int:
+        """How many pay: the chance that a walk ends at a node, times what a fresh future is worth, against a row."""
+        limit = self.options.contemplate_tokens
+        limit = nodes + 1 if limit is None else min(limit, nodes + 1)
+        if not self.options.contemplate or self.gain.value <= 0:
+            return 0
+        ends = [0.0] * (nodes + 1)
+        for forecast, joint, active in zip(forecasts, joints, self.round.active, strict=True):
+            here = list(joint)
+            for node in range(1, len(joint)):
+                here[forecast.parents[node]] -= joint[node]
+            for index, chance in enumerate(sorted(here, reverse=True) if active else []):
+                ends[index] += chance
+        worth = self.experience.future.tokens * self.round.best.seconds / self.round.best.tokens  # seconds
+        bare = self._pass_seconds(nodes)
+        count, best, gained = 0, 0.0, 0.0
+        for number in range(1, limit + 1):
+            gained += ends[number - 1] * worth
+            if gained - (self._pass_seconds(nodes, number) - bare) > best:
+                count, best = number, gained - (self._pass_seconds(nodes, number) - bare)
+        return max(count, int(self.rounds % EXPLORE == 0))
+
+    # 4. After the round
+
+    def _learn(self, record: RoundRecord, finished: Sequence[bool]) -> None:
+        """What the round cost, which nodes were accepted, and whether drafting paid."""
+        this = self.round
+        rows = len(record.accepted) * (record.nodes + record.contemplate_tokens)
+        seconds = dict(record.seconds)
+        draft_seconds = seconds.pop("draft", 0.0)
+        self.costs.observe(rows, this.context, sum(seconds.values()))
+        if this.steps and not this.reads_backlog:
+            self.costs.observe_draft(this.steps, this.context, self.options.top_k, draft_seconds)
+        for forecast, path, ended in zip(record.forecasts, record.path, finished, strict=False):
+            # Where a text ended, nobody was asked about the children of its last node.
+            for node, accepted in forecast.outcomes(path) if not ended else ():
+                self.calibration.learn(forecast.drafted[node], forecast.depths[node], accepted)
+        if this.steps:  # what was looked up cost nothing, and says nothing of the network
+            self._weigh(record.accepted, rows)
+            learns = self.options.contemplate and not this.probe
+            for fresh, count in zip(self.fresh, record.accepted, strict=False) if learns else ():
+                if count:
+                    self.experience.future.learn(fresh, count)
+        self.fresh = record.fresh
+        self.rounds += 1
+        self.experience.rounds_since_plain = (
+            0 if rows == len(record.accepted) else self.experience.rounds_since_plain + 1
+        )
+
+    def _weigh(self, accepted: Sequence[int], rows: int) -> None:
+        """Whether drafting pays. Judged by what was expected, which scatters less than what came; a probe, which is to
+        find out whether expectations are wrong, by what came."""
+        this, active = self.round, max(1, sum(self.round.active))
+        tokens = sum(accepted) if this.probe else this.best.tokens
+        seconds = self._draft_seconds(this.steps) + self.costs.verify(rows, this.context)
+        cost = seconds / self.costs.verify(len(accepted), this.context)  # in plain rounds
+        gained = tokens / active - cost
+        self.gain.add(gained, GAIN_MEMORY)
+        self.gain.value = max(self.gain.value, LEAST_GAIN)
+        if this.probe and gained > 0:
+            self.pause, self.wait = max(FIRST_PAUSE, self.pause // 2), 0
+            self.calibration.fade(FADE)
+        elif this.probe:
+            longest = max(FIRST_PAUSE, math.ceil((cost - 1) / PROBE_SHARE))
+            self.pause = self.wait = min(2 * self.pause, longest)
+        elif self.gain.value <= 0:
+            self.wait = self.pause
+
+    def _calibrate(self) -> Callable[[float, int], float]:
+        return at_its_word if self.round.probe else self.calibration
+
+    def _best(self, joints: Sequence[Sequence[float]]) -> Best:
+        """The number of nodes that pays, of each row the best ones."""
+        columns = zip(
+            *(
+                sorted(joint[1:], reverse=True)
+                for joint, active in zip(joints, self.round.active, strict=True)
+                if active
+            ),
+            strict=True,
+        )
+        drafting = self._draft_seconds(self.round.steps)
+        return best_number(
+            [sum(column) for column in columns],
+            self.options.total_tokens,
+            sum(self.round.active),
+            lambda nodes: drafting + self._pass_seconds(nodes),
+        )
+
+    def _draft_seconds(self, steps: int) -> float:
+        return self.costs.draft(steps, self.round.context, self.options.top_k)
+
+    def _pass_seconds(self, nodes: int, contemplate_tokens: int = 0) -> float:
+        """Of a round without its drafting, with so many drafted nodes and contemplate tokens in each batch row."""
+        rows = len(self.round.active) * (1 + nodes + contemplate_tokens)
+        return self.costs.verify(rows, self.round.context)
+
+
+def _forecast(
+    kept: list[int], parents: list[int], depths: list[int], drafted: list[float], expected: list[float]
+) -> Forecast:
+    """Of the kept nodes of a tree, renumbered."""
+    places = {-1: -1} | {node: place for place, node in enumerate(kept)}
+    return Forecast(
+        parents=tuple(places[parents[node]] for node in kept),
+        depths=tuple(depths[node] for node in kept),
+        drafted=tuple(drafted[node] for node in kept),
+        expected=tuple(expected[node] for node in kept),
+    )

@@ -1,0 +1,54 @@
+"""Times bare verify passes of a target on a cache of their own: nothing of a generation is touched."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from ..acceleration.cost_files import CostKey
+from ..target.cache import TreeCache
+from ..target.passes import verify
+from ..tree.draft_tree import root_only
+from ..tree.growing import grow_tree
+from ..tree.layout import verify_layout
+from .stats import Stopwatch
+
+
+class Bench:
+    """The models of a call, and passes of them to time.
+
+    Args:
+        target: the model. layer_ids: whose entering hidden states are asked for, as when decoding.
+        draft: the network that drafts, if one does. execution: how the passes run: packed, compiled, ...
+    """
+
+    def __init__(self, target: PreTrainedModel, layer_ids: list[int], draft: PreTrainedModel | None, execution: str):
+        self.target, self.layer_ids = target, layer_ids
+        self.draft, self.execution = draft, execution
+
+    def key(self) -> CostKey:
+        """What the costs of these models are kept under."""
+        return CostKey.of(self.target, self.draft, self.execution)
+
+    def draft_share(self) -> float:
+        """Parameters of the draft, as a share of the target's."""
+        draft = 0 if self.draft is None else sum(parameter.numel() for parameter in self.draft.parameters())
+        return draft / sum(parameter.numel() for parameter in self.target.parameters())
+
+    def run(self, rows: int) -> float:
+        """Seconds of a verify pass over a root and `rows - 1` children of it, behind no context."""
+        device = self.target.device
+        layers = self.target.config.get_text_config(decoder=True).num_hidden_layers
+        cache, stopwatch = TreeCache(layers, capacity=rows), Stopwatch(device)
+        root = torch.zeros(1, dtype=torch.long, device=device)
+        tree = root_only(root)
+        if rows > 1:
+            children = torch.zeros(1, 1, rows - 1, dtype=torch.long, device=device)
+            drafted = (children, torch.zeros(children.shape, device=device))
+            tree = grow_tree(lambda *_: drafted, root, total_tokens=rows - 1, depth=1, top_k=rows - 1)
+        layout = verify_layout(
+            tree, tree.tokens[:, :0], slot_position_ids=tree.tokens[:, :0], soft_prompt_length=0, lengths=[0]
+        )
+        with stopwatch.phase("verify"):
+            verify(self.target, layout, None, cache, self.layer_ids)
+        return stopwatch.read()["verify"]

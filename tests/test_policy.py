@@ -1,0 +1,306 @@
+"""What a round may spend: simulated with a clock of its own, and in `generate`, where it must not change the text."""
+
+from __future__ import annotations
+
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from assisted_calls import PROMPT, plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import make_assistant, make_oracle
+from simulated_rounds import Simulation
+from tiny_models import tiny_llama
+
+from confu_hf.acceleration.costs import CostModel
+from confu_hf.decoding.cost_policy import REFRESH, CostPolicy, best_number, probabilities, ranked
+from confu_hf.decoding.experience import WINDOW, Calibration, Experience, FutureValue
+from confu_hf.decoding.stats import Forecast
+from confu_hf.decoding.sweep import Bench
+from confu_hf.options import TreeOptions
+from confu_hf.tree.draft_tree import DraftTree
+from confu_hf.tree.pruning import prune
+
+SEEDS = range(4)
+FREE_ROWS = {1: 1.0, 8: 1.0, 16: 1.1}  # a machine on which drafting pays
+
+
+def steep(rows):
+    return 0.040 + 0.0055 * (rows - 1)
+
+
+# 1. Simulated calls
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.5, 0.15])
+@pytest.mark.parametrize("verify", [None, steep], ids=["flat", "steep"])
+@pytest.mark.parametrize("contemplate", [True, False])
+def test_a_useless_draft_costs_three_percent_at_most(confidence, verify, contemplate):
+    options = TreeOptions(total_tokens=30, depth=5, top_k=6, contemplate=contemplate)
+    arguments = {} if verify is None else {"verify": verify}
+    for seed in SEEDS:
+        call = Simulation(confidence, lambda token: 0.0, options, seed=seed, **arguments).run(256)
+        assert call.speed > 0.97
+        assert sum(record.nodes > 1 for record in call.records[128:]) < 10
+
+
+def test_a_draft_that_is_right_is_used_in_full():
+    calls = [Simulation(0.95, lambda token: 0.95, seed=seed).run(256) for seed in SEEDS]
+    fixed = 256 / (256 / 4.4) * 0.070 / (0.070 + 4 * 0.0025 + 4 * 0.008)  # every round four nodes deep
+    assert statistics.mean(call.speed for call in calls) > 0.9 * fixed
+    depths = [record.nodes - 1 for call in calls for record in call.records[4:]]
+    assert statistics.median(depths) == 4
+
+
+def test_a_draft_that_is_sure_of_itself_and_half_right_is_not_believed():
+    calls = [Simulation(0.9, lambda token: 0.5, seed=seed).run(512) for seed in SEEDS]
+    assert statistics.mean(call.speed for call in calls) > 1.2
+    for call in calls:
+        outcomes = [
+            (record.forecasts[0].expected[node], accepted)
+            for record in call.records[len(call.records) // 2 :]
+            if record.forecasts
+            for node, accepted in record.forecasts[0].outcomes(record.path[0])
+            if record.forecasts[0].drafted[node] > 0.8
+        ]
+        expected, observed = (statistics.mean(column) for column in zip(*outcomes, strict=True))
+        assert abs(expected - observed) < 0.15 < 0.9 - observed
+
+
+def test_a_text_that_turns_predictable_halfway_is_drafted_for_again():
+    for seed in SEEDS:
+        call = Simulation(0.9, lambda token: 0.9 if token >= 256 else 0.0, seed=seed).run(256)
+        before = call.seconds
+        assert sum(record.nodes > 1 for record in call.records[-64:]) < 8, "paused"
+        call.run(256)
+        again = [record.nodes > 1 for record, start in zip(call.records, call.starts, strict=True) if start >= 320]
+        assert statistics.mean(again) > 0.8
+        assert 256 * 0.070 / (call.seconds - before) > 1.4
+
+
+def test_pauses_grow_and_shrink():
+    useless = Simulation(0.9, lambda token: 0.0).run(300)
+    drafted = [start for start, record in zip(useless.starts, useless.records, strict=True) if record.forecasts]
+    gaps = [later - earlier for earlier, later in zip(drafted, drafted[1:], strict=False)]
+    assert min(gaps[-3:]) > 16 > gaps[0]
+    useless.right = lambda token: 0.9
+    useless.run(256)
+    assert useless.policy.pause < min(gaps[-3:])
+
+
+def test_without_a_draft_that_is_asked_in_between_the_depth_follows_from_rounds_before():
+    good = Simulation(0.95, lambda token: 0.95, device_type="cuda").run(512)
+    assert good.speed > 2
+    poor = Simulation(0.5, lambda token: 0.3, device_type="cuda").run(512)
+    assert poor.speed > 0.97
+    assert statistics.median(max(record.forecasts[0].depths) for record in poor.records if record.forecasts) == 1
+
+
+def test_a_plain_round_is_timed_now_and_then():
+    call = Simulation(0.95, lambda token: 0.95).run(1500)
+    plain_rounds = [number for number, record in enumerate(call.records) if not record.forecasts]
+    new_ranges = [next(n for n, start in enumerate(call.starts) if 100 + start > length) for length in (512, 1024)]
+    assert plain_rounds == [1, *new_ranges, new_ranges[-1] + REFRESH + 1], (
+        "once in every range of contexts, then again"
+    )
+
+
+# 2. The parts
+
+
+@settings(deadline=None)
+@given(
+    gains=st.lists(st.floats(0, 1), min_size=0, max_size=12).map(lambda values: sorted(values, reverse=True)),
+    costs=st.lists(st.floats(0.01, 5), min_size=13, max_size=13),
+    limit=st.integers(0, 12),
+)
+def test_the_number_of_nodes_is_the_best_of_all(gains, costs, limit):
+    best = best_number(gains, limit, 1, costs.__getitem__)
+    rates = [(1 + sum(gains[:number])) / costs[number] for number in range(min(limit, len(gains)) + 1)]
+    assert best.tokens / best.seconds == pytest.approx(max(rates))
+
+
+def test_a_step_of_the_cost_curve_is_jumped_over():
+    """Nine rows cost twice what eight cost, and so do sixteen: no more than eight, or all of sixteen."""
+    seconds = lambda nodes: 1.0 if nodes < 8 else 2.0  # noqa: E731
+    assert best_number([0.5] * 7 + [0.01] * 8, 15, 1, seconds).nodes == 7
+    assert best_number([0.5] * 15, 15, 1, lambda nodes: 1.0 if nodes < 8 else 1.5).nodes == 15
+
+
+def test_probabilities_multiply_from_the_root_down():
+    log_probs = torch.tensor([0.0, 0.5, 0.25, 0.5 * 0.8]).log().tolist()
+    log_probs[0] = 0.0
+    drafted, expected, joint = probabilities(log_probs, [-1, 0, 0, 1], [0, 1, 1, 2], lambda p, depth: p / depth)
+    assert drafted == pytest.approx([1, 0.5, 0.25, 0.8])
+    assert expected == pytest.approx([1, 0.5, 0.25, 0.4])
+    assert joint == pytest.approx([1, 0.5, 0.25, 0.2])
+    assert ranked([1.0, 0.5, 0.5, 0.7]) == [0, 3, 1, 2]
+
+
+def test_pruning_keeps_a_tree():
+    tree = DraftTree(
+        tokens=torch.tensor([[9, 5, 6, 7, 8]]),
+        parents=torch.tensor([[-1, 0, 0, 2, 3]]),
+        depths=torch.tensor([[0, 1, 1, 2, 3]]),
+        log_probs=torch.tensor([[0.0, -3.0, -1.0, -2.0, -4.0]]),
+    )
+    pruned = prune(tree, torch.tensor([[0, 2, 3]]))
+    assert pruned.tokens.tolist() == [[9, 6, 7]]
+    assert pruned.parents.tolist() == [[-1, 0, 1]]
+    assert pruned.depths.tolist() == [[0, 1, 2]]
+    assert pruned.log_probs.tolist() == [[0.0, -1.0, -2.0]]
+
+
+def test_a_forecast_tells_only_of_nodes_whose_parent_was_accepted():
+    forecast = Forecast((-1, 0, 0, 1, 2), (0, 1, 1, 2, 2), (1.0,) * 5, (1.0,) * 5)
+    assert forecast.outcomes((0, 2)) == [(1, False), (2, True), (4, False)]
+
+
+def test_calibration_learns_per_depth_and_confidence_and_forgets():
+    calibration = Calibration()
+    assert calibration(0.7, 1) == 0.7
+    for number in range(400):
+        calibration.learn(0.7, 1, number % 2 == 0)
+        calibration.learn(0.7, 2, False)
+    assert calibration(0.7, 1) == pytest.approx(0.5, abs=0.05)
+    assert calibration(0.7, 2) < 0.05
+    assert calibration(0.7, 3) == pytest.approx(0.25, abs=0.05), "never seen: as all depths together"
+    assert calibration(0.2, 1) == 0.2, "another confidence"
+    for _ in range(int(3 * WINDOW / 0.7)):
+        calibration.learn(0.7, 1, True)
+    assert calibration(0.7, 1) > 0.65
+    calibration.fade(0.0)
+    assert calibration(0.7, 2) == 0.7
+
+
+def test_the_worth_of_a_future_moves_slowly_from_what_is_believed_at_first():
+    future = FutureValue()
+    first = future.tokens
+    assert 0 < first < 0.2
+    for _ in range(1000):
+        future.learn(True, 3)
+        future.learn(False, 2)
+    assert 0.3 < future.tokens < 1
+    for _ in range(1000):
+        future.learn(True, 1)
+    assert future.tokens == 0
+
+
+@pytest.mark.parametrize("worth, expected", [(0.0, 0), (0.3, 1), (0.6, 2)])
+def test_a_contemplate_token_only_where_it_pays(worth, expected):
+    """Rows cost a tenth of a round each. The walk ends at one node with 0.7, at others less likely."""
+    policy = CostPolicy(TreeOptions(), Experience())
+    policy.experience.future = SimpleNamespace(tokens=worth)
+    policy.costs = CostModel({1: 1.0, 11: 2.0}, draft_step=0.0, learns=False)
+    policy.rounds = 1
+    policy.plan(SimpleNamespace(input_ids=torch.zeros(1, 1), lengths=(9,), finished=(False,), max_length=None), [])
+    policy.round.best = best_number([0.7], 1, 1, lambda nodes: 1.0 + nodes / 10)
+    forecast = Forecast((-1, 0), (0, 1), (1.0, 0.7), (1.0, 0.7))
+    assert policy._contemplate_tokens(1, [forecast], [[1.0, 0.7]]) == expected
+
+
+def test_a_batch_is_planned_as_a_whole():
+    """Every row keeps its own best nodes, as many as the others; a row that has ended has no say."""
+    policy = CostPolicy(TreeOptions(total_tokens=3, depth=1, top_k=3, contemplate=False), Experience())
+    policy.costs = CostModel({1: 1.0, 2: 1.0, 4: 1.2, 6: 1.9, 8: 2.6}, draft_step=0.0, learns=False)
+    tree = DraftTree(
+        tokens=torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]),
+        parents=torch.tensor([[-1, 0, 0, 0]] * 2),
+        depths=torch.tensor([[0, 1, 1, 1]] * 2),
+        log_probs=torch.tensor([[1.0, 0.1, 0.8, 0.1], [1.0, 0.6, 0.3, 0.1]]).log(),
+    )
+    for finished, nodes in [((False, False), [[1, 3], [1, 2]]), ((False, True), [[1, 3], [1, 2]])]:
+        state = SimpleNamespace(input_ids=torch.zeros(2, 1), lengths=(9, 7), finished=finished, max_length=None)
+        policy.plan(state, [])
+        chosen = policy.prune(state, tree, steps=1)
+        assert chosen.tree.tokens.tolist() == nodes
+        assert policy.round.best.tokens == pytest.approx(3.4 if not any(finished) else 1.8)
+        assert len(chosen.forecasts) == 2
+
+
+# 3. In generate
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"contemplate": False}, {"contemplate_tokens": 1, "confidence_threshold": 0.01}]
+)
+def test_greedy_is_identical_and_limits_are_kept(options):
+    model = tiny_llama()
+    assistant = make_oracle(model)
+    assistant.costs = CostModel(FREE_ROWS, draft_step=0.01, learns=False)
+    arguments = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": None}
+    limits = {"policy": "auto", "total_tokens": 9, "depth": 3, "draft_top_k": 4}
+    expected = plain(model, **arguments)
+    got = model.generate(PROMPT, assistant_model=assistant, **limits, **options, **arguments)
+    assert torch.equal(got, expected)
+    stats = assistant.stats
+    assert stats.mean_accepted_length > 2
+    for record in stats.records:
+        assert record.nodes <= 10 and record.accepted[0] <= 4
+        assert record.contemplate_tokens <= options.get("contemplate_tokens", 10) * options.get("contemplate", True)
+    assert sum(found.count for found in stats.reliability) > 20
+    assert all(0 <= found.observed <= 1 and 0 <= found.expected <= 1 for found in stats.reliability)
+
+
+def test_sampling_is_seed_exact():
+    model = tiny_llama()
+    assistant = make_oracle(model)
+    assistant.costs = CostModel(FREE_ROWS, draft_step=0.01, learns=False)
+    accepted = []
+    for seed in range(12):
+        arguments = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 12}
+        torch.manual_seed(seed)
+        expected = plain(model, **arguments)
+        torch.manual_seed(seed)
+        got = model.generate(PROMPT, assistant_model=assistant, policy="auto", total_tokens=6, depth=2, **arguments)
+        assert torch.equal(got, expected)
+        accepted.append(assistant.stats.mean_accepted_length)
+    assert max(accepted) > 1.3
+
+
+def test_measuring_at_first_use_leaves_no_trace():
+    """The sweep runs passes of the target on a cache of its own, and draws no random number."""
+    model = tiny_llama()
+    assistant = make_assistant(model)
+    arguments = {"do_sample": True, "temperature": 1.1, "max_new_tokens": 24}
+    torch.manual_seed(3)
+    expected = plain(model, **arguments)
+    torch.manual_seed(3)
+    got = model.generate(PROMPT, assistant_model=assistant, policy="auto", **arguments)
+    assert torch.equal(got, expected)
+    (costs,) = assistant.experience.costs.values()
+    assert costs.verify(1, 0) > 0 and costs.draft(2, 0, 8) > 0
+    model.generate(PROMPT, assistant_model=assistant, policy="auto", max_new_tokens=8)
+    assert [*assistant.experience.costs.values()] == [costs], "measured once"
+
+
+def test_the_bench_runs_as_many_rows_as_it_is_asked_for(monkeypatch):
+    model = tiny_llama()
+    seen = []
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        seen.append(kwargs["inputs_embeds"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    bench = Bench(model, [2, 4, 5], None, "plain")
+    assert all(bench.run(rows) > 0 for rows in (1, 2, 16))
+    assert seen == [1, 2, 16]
+    assert bench.draft_share() == 0
+
+
+def test_no_draft_wanted_is_none_drafted():
+    model = tiny_llama()
+    assistant = make_assistant(model)
+    got = model.generate(PROMPT, assistant_model=assistant, policy="auto", total_tokens=0, max_new_tokens=16)
+    assert torch.equal(got, plain(model, max_new_tokens=16))
+    assert all(record.nodes == 1 and record.contemplate_tokens == 0 for record in assistant.stats.records)
+
+
+def test_an_unknown_policy_is_refused():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="got policy='always', expected one of .*auto.*fixed"):
+        model.generate(PROMPT, assistant_model=make_assistant(model), policy="always")
