@@ -93,7 +93,7 @@ class Decoder:
         position_ids = self.cache.slot_position_ids[:, past:].clone()
         position_ids[:, -1:] = places - 1  # the draft starts there, even from a masked token
         tokens = torch.cat([input_ids[:, past + 1 :], acceptance.tokens], dim=1)
-        self.drafter.observe(state, Rows(tokens, prefilled.features, position_ids))
+        self.drafter.observe(state, Rows(tokens, prefilled.features, position_ids, is_whole=needed is None))
         return state, acceptance
 
     def round(self, state: DecodingState) -> tuple[DecodingState, Acceptance]:
@@ -119,7 +119,7 @@ class Decoder:
     def _record(self, chosen: Chosen, layout: VerifyLayout, acceptance: Acceptance) -> RoundRecord:
         seconds = self.stopwatch.read()
         # From here on a GPU has nothing left to do, and reading from it waits for nothing.
-        path = tuple(tuple(node for node in row if node >= 0) for row in acceptance.path.tolist())
+        path = acceptance.nodes
         contemplated = layout.contemplate_nodes.tolist()
         return RoundRecord(
             accepted=acceptance.counts,
@@ -143,6 +143,7 @@ class Decoder:
             lengths=self.cache.lengths,
             root_places=self.cache.next_positions(),
             position_offset=state.position_offset,
+            has_gaps=self.cache.has_gaps,
         )
 
     def _verify(self, layout: VerifyLayout, state: DecodingState) -> Verified:
@@ -162,12 +163,14 @@ class Decoder:
             1, path.clamp(min=0)[..., None].expand(-1, -1, verified.features.shape[-1])
         )
         position_ids = torch.where(path >= 0, layout.places[:, :1] + torch.arange(path.shape[1]).to(path), -1)
-        self.cache.keep_path(path, acceptance.counts)
+        self.cache.keep_path(path, acceptance.counts, acceptance.nodes)
         future, known = None, None
         if self.contemplator is not None:
             future, known = self.contemplator.future(tree, layout.contemplate_nodes, verified, acceptance)
         state = state.advance(acceptance, features)
-        self.drafter.observe(state, Rows(acceptance.tokens.clamp(min=0), features, position_ids, future, known))
+        whole = len(set(acceptance.counts)) == 1
+        tokens = acceptance.tokens.clamp(min=0)
+        self.drafter.observe(state, Rows(tokens, features, position_ids, future, known, is_whole=whole))
         return state
 
     def _open_cache(self, length: int, user_cache: Cache | None) -> TreeCache:
