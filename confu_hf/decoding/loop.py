@@ -6,6 +6,8 @@ before, is assistant/routing.py's.
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -13,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ..acceleration.decoding import accelerated
+from ..acceleration.products import Products
 from ..compat import decoder_only_output
 from ..target.cache import TreeCache
 from ..target.exchange import export_cache, import_cache
@@ -216,21 +219,22 @@ def confu_generate(
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
     pack_weights: bool | None = None,
+    products: Products | None = None,
 ) -> tuple[GenerateDecoderOnlyOutput | Tensor, GenerationStats]:
     """Generate with draft trees; the text is that of plain decoding with the same arguments.
 
     Args:
         input_ids: `(1, n)` long. attention_mask: `(1, n)`, 0 = padding. cache: one that holds a prefix of `input_ids`;
             it is extended in place.
-        pack_weights: see `TreeOptions`.
+        pack_weights: see `TreeOptions`. products: what `compile()` built, if it did.
 
     Returns:
         What `generate()` returns, and the statistics of the call.
     """
     decoder.drafter.recall(cache, input_ids)
     state, acceptance = decoder.start(input_ids, attention_mask, cache)
-    with accelerated(decoder.target, decoder.drafter.network, pack_weights):
-        execution = f"pack_weights={pack_weights}"
+    with accelerated(decoder.target, decoder.drafter.network, pack_weights, products) as acceleration:
+        execution = f"pack_weights={pack_weights}, compiled={acceleration.compiled}"
         decoder.policy.prepare(Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution))
         while True:
             if streamer is not None:
@@ -241,7 +245,7 @@ def confu_generate(
         decoder.policy.finish()
     if streamer is not None:
         streamer.end()
-    stats = decoder.tally.stats(sum(state.lengths) - input_ids.numel())
+    stats = replace(decoder.tally.stats(sum(state.lengths) - input_ids.numel()), **asdict(acceleration))
     final_cache = decoder.close_cache(cache)
     decoder.drafter.remember(final_cache, state.input_ids)
     if not generation_config.return_dict_in_generate:
