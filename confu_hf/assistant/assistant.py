@@ -233,7 +233,9 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         target, options = self.target, replace(options, lookup=False)
         contemplates = self.config.contemplate and options.contemplate
         contemplator = self.contemplator(target) if contemplates else None
-        return TreeReplay(lambda: self.new_drafter(target, options), contemplator, self.config.target_layer_ids, options)
+        return TreeReplay(
+            lambda: self.new_drafter(target, options), contemplator, self.config.target_layer_ids, options
+        )
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""
