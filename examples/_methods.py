@@ -148,7 +148,7 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
 
 
 def _compiled(assistant: ConFuAssistant) -> ConFuAssistant:
-    if "compile" not in vars(ConFuAssistant):  # every torch module has a method of that name
+    if ConFuAssistant.compile is torch.nn.Module.compile:  # every torch module has a method of that name
         raise SystemExit("This version of confu_hf has no ConFuAssistant.compile(): leave out confu-compiled.")
     assistant.compile()
     return assistant
