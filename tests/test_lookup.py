@@ -80,20 +80,20 @@ def test_chains_tell_what_they_are_worth():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_is_identical(name):
     target = ARCHITECTURES[name]()
-    lookup = LookupAssistant(target=target, confidence_threshold=0.0)
+    lookup = LookupAssistant(target=target, confidence_threshold=0.0, policy="fixed")
     assert torch.equal(assisted(target, lookup, **LENGTH), plain(target, **LENGTH))
     assert lookup.stats.verified_nodes > lookup.stats.rounds
 
 
 def test_a_text_that_repeats_itself_is_written_in_few_passes():
     target = ARCHITECTURES["gemma2"]()
-    lookup = LookupAssistant(target=target)
+    lookup = LookupAssistant(target=target, policy="fixed")
     assisted(target, lookup, **LENGTH)
     assert lookup.stats.mean_accepted_length > 3
 
 
 def test_sampling_is_seed_exact(target):
-    lookup = LookupAssistant(target=target, confidence_threshold=0.0, total_tokens=20)
+    lookup = LookupAssistant(target=target, confidence_threshold=0.0, total_tokens=20, policy="fixed")
     accepted = []
     for seed in range(30):
         options = {"do_sample": True, "temperature": 0.5, "top_k": 3, "repetition_penalty": 0.8, "max_new_tokens": 24}
