@@ -88,7 +88,7 @@ class Simulation:
                 top_k=plan.top_k,
                 another_step=plan.another_step,
             )
-        chosen = self.policy.prune(state, plan, tree)
+        chosen = self.policy.prune(state, tree, steps)
         path = self._walk(chosen.tree)
         rows = chosen.tree.tokens.shape[1] + chosen.contemplate_tokens
         scatter = 1 + self.noise * abs(self.random.gauss(0, 1))

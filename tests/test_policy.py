@@ -213,8 +213,8 @@ def test_a_batch_is_planned_as_a_whole():
     )
     for finished, nodes in [((False, False), [[1, 3], [1, 2]]), ((False, True), [[1, 3], [1, 2]])]:
         state = SimpleNamespace(input_ids=torch.zeros(2, 1), lengths=(9, 7), finished=finished, max_length=None)
-        plan = policy.plan(state, [])
-        chosen = policy.prune(state, plan, tree)
+        policy.plan(state, [])
+        chosen = policy.prune(state, tree, steps=1)
         assert chosen.tree.tokens.tolist() == nodes
         assert policy.round.best.tokens == pytest.approx(3.4 if not any(finished) else 1.8)
         assert len(chosen.forecasts) == 2
@@ -270,10 +270,10 @@ def test_measuring_at_first_use_leaves_no_trace():
     torch.manual_seed(3)
     got = model.generate(PROMPT, assistant_model=assistant, policy="auto", **arguments)
     assert torch.equal(got, expected)
-    (costs,) = assistant._experience.costs.values()
+    (costs,) = assistant.experience.costs.values()
     assert costs.verify(1, 0) > 0 and costs.draft(2, 0, 8) > 0
     model.generate(PROMPT, assistant_model=assistant, policy="auto", max_new_tokens=8)
-    assert [*assistant._experience.costs.values()] == [costs], "measured once"
+    assert [*assistant.experience.costs.values()] == [costs], "measured once"
 
 
 def test_the_bench_runs_as_many_rows_as_it_is_asked_for(monkeypatch):

@@ -15,7 +15,7 @@ from confu_hf.target.context import KnownTexts
 
 PROMPTS = [[5, 17, 40, 8], [9, 3, 30, 30, 61, 7, 12], [44, 45]]
 LIMIT, DEPTH = 22, 3
-TREE = {"total_tokens": 9, "depth": DEPTH, "top_k": 3}
+TREE = {"total_tokens": 9, "depth": DEPTH, "top_k": 3, "lookup": False, "policy": "fixed"}
 
 
 class Recorded(ConFuAssistant):
@@ -24,8 +24,8 @@ class Recorded(ConFuAssistant):
 
     oracle = False
 
-    def new_drafter(self, target):
-        drafter = OracleDrafter(self, target) if self.oracle else super().new_drafter(target)
+    def new_drafter(self, target, options):
+        drafter = OracleDrafter(self, target) if self.oracle else super().new_drafter(target, options)
         grow, self.trees = drafter.grow, []
         drafter.grow = lambda state, plan: self.trees.append(grow(state, plan)) or self.trees[-1]
         return drafter

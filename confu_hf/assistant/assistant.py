@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import compat
-from ..acceleration.costs import CostModel
 from ..adapter.attachment import Attachment, LooseAdapter, attach_adapter, base_model
 from ..adapter.config import ConFuAdapterConfig
 from ..adapter.tuner import on_injection
 from ..configuration_confu import ConFuConfig
 from ..decoding.contemplation import Contemplator
-from ..decoding.cost_policy import CostPolicy
 from ..decoding.drafting import Drafter, NetworkDrafter
-from ..decoding.experience import Experience
 from ..decoding.lookup import CombinedDrafter
-from ..decoding.policy import FixedPolicy, Policy
 from ..decoding.replay import TreeReplay
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
@@ -39,6 +35,7 @@ from ..modeling_confu import ConFuDraftModel
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
+from .policies import DecidesRounds
 from .routing import release, route, serve
 
 ADAPTER_FIELDS = (
@@ -56,7 +53,7 @@ PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "
 on_injection(route)
 
 
-class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
+class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
     """The assistant: a draft, its adapter, and the target they are attached to.
 
         confu = ConFuAssistant.from_pretrained("org/confu-target", target=model)
@@ -73,7 +70,6 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         self._attachment: Attachment | None = None
         self._adapter: LooseAdapter | None = None
         self._stats: GenerationStats | None = None
-        self._experience = Experience()
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -83,15 +79,6 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
     @stats.setter
     def stats(self, stats: GenerationStats) -> None:
         self._stats = stats
-
-    @property
-    def costs(self) -> CostModel | None:
-        """Costs of rounds that `policy="auto"` goes by instead of measuring; None = it measures."""
-        return self._experience.given
-
-    @costs.setter
-    def costs(self, costs: CostModel | Mapping[str, Any] | None) -> None:
-        self._experience.give(costs)
 
     @classmethod
     def from_pretrained(
@@ -215,21 +202,22 @@ class ConFuAssistant(compat.OnlyRouted, ConFuDraftModel):
         network = NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
         return CombinedDrafter(network) if options.lookup else network
 
-    def new_policy(self, options: TreeOptions) -> Policy:
-        """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
-        return FixedPolicy(options) if options.policy == "fixed" else CostPolicy(options, self._experience)
-
     def contemplator(self, target: PreTrainedModel) -> Contemplator:
         """Contemplation with this assistant's own adapter, or with the target's active one."""
         layer = confu_layer(target)
         return Contemplator(target, layer, self.adapter_name(target) or layer.current)
 
     def replay(self, options: TreeOptions) -> TreeReplay:
-        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target."""
-        target = self.target
+        """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target.
+
+        The network alone drafts, the same tree in every round: what is counted is what training changes.
+        """
+        target, options = self.target, replace(options, lookup=False)
         contemplates = self.config.contemplate and options.contemplate
         contemplator = self.contemplator(target) if contemplates else None
-        return TreeReplay(lambda: self.new_drafter(target), contemplator, self.config.target_layer_ids, options)
+        return TreeReplay(
+            lambda: self.new_drafter(target, options), contemplator, self.config.target_layer_ids, options
+        )
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""

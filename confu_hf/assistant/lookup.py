@@ -17,17 +17,17 @@ from ..adapter.attachment import base_model
 from ..configuration_confu import ConFuConfig
 from ..decoding.drafting import Drafter
 from ..decoding.lookup import LookupDrafter
-from ..decoding.policy import FixedPolicy, Policy
 from ..decoding.stats import GenerationStats
 from ..errors import refusal
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
+from .policies import DecidesRounds
 from .routing import release, serve
 
 ATTACH = "Make it with LookupAssistant(target=model), or call its attach(model)."
 
 
-class LookupAssistant(compat.OnlyRouted):
+class LookupAssistant(compat.OnlyRouted, DecidesRounds):
     """Prompt lookup with draft trees: nothing to train, nothing to download, for every target that ConFu supports.
 
         lookup = LookupAssistant(target=model)
@@ -99,10 +99,6 @@ class LookupAssistant(compat.OnlyRouted):
     def new_drafter(self, target: PreTrainedModel, options: TreeOptions) -> Drafter:
         """Who drafts in one call of `generate`. Override it to draft in another way."""
         return LookupDrafter()
-
-    def new_policy(self, options: TreeOptions) -> Policy:
-        """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
-        return FixedPolicy(options)
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         """An assistant cannot write by itself; Transformers calls this when it was attached to another model."""

@@ -94,7 +94,7 @@ class _Round:
 
     Attributes:
         context: decided tokens of the longest batch row. active: which batch rows have not ended.
-        drafts: whether it drafts; probe: whether only to see if that pays again. steps: of the draft, so far.
+        probe: drafts only to see if that pays again. steps: of the draft, so far.
         reads_backlog: the draft has more to read than one round's rows, so its seconds say nothing of a step.
         best: what was expected of the nodes chosen.
         log_probs, joint: of each batch row, for all candidates so far: the draft's, and as expected.
@@ -103,7 +103,6 @@ class _Round:
 
     context: int
     active: tuple[bool, ...]
-    drafts: bool
     probe: bool
     reads_backlog: bool
     steps: int = 0
@@ -145,22 +144,22 @@ class CostPolicy:
 
     def plan(self, state: DecodingState, history: Sequence[RoundRecord]) -> RoundPlan:
         """Draft as long as it pays; else a probe now and then."""
-        drafted = self.round is not None and self.round.drafts
+        drafted = self.round is not None and self.round.steps > 0
         if history and self.round is not None:
             self._learn(history[-1], state.finished)
         depth = depth_left(state, self.options.depth)
-        drafts = depth > 0 and self.options.total_tokens > 0 and not self._plain_is_due(state)
-        probe = drafts and self.gain.value <= 0
-        if probe:
-            drafts = probe = self.wait == 0
-            self.wait = max(0, self.wait - 1)
         active = tuple(not done for done in state.finished)
-        self.round = _Round(max(state.lengths), active, drafts, probe, reads_backlog=not drafted)
-        if not drafts:
+        self.round = _Round(max(state.lengths), active, probe=False, reads_backlog=not drafted)
+        if depth == 0 or self.options.total_tokens == 0 or self._plain_is_due(state):
             return RoundPlan(0, 0, self.options.top_k)
+        if self.gain.value <= 0:
+            self.wait -= 1
+            if self.wait >= 0:
+                return RoundPlan(self.options.total_tokens, 0, self.options.top_k)
+            self.round.probe = True
         on_host = state.input_ids.device.type == "cpu"
-        depth = 1 if probe else depth if on_host else self._likely_depth(depth)
-        self.round.steps = 1 if on_host else depth
+        depth = 1 if self.round.probe else depth if on_host else self._likely_depth(depth)
+        self.round.steps = 1
         self.round.log_probs, self.round.joint = [[0.0] for _ in active], [[1.0] for _ in active]
         return RoundPlan(
             total_tokens=self.options.total_tokens,
@@ -225,10 +224,11 @@ class CostPolicy:
 
     # 3. After drafting
 
-    def prune(self, state: DecodingState, plan: RoundPlan, tree: DraftTree) -> Chosen:
+    def prune(self, state: DecodingState, tree: DraftTree, steps: int) -> Chosen:
         """The nodes that pay, and contemplate tokens where they do."""
         this = self.round
-        if not this.drafts:
+        this.steps = steps
+        if steps == 0 and tree.tokens.shape[1] == 1:
             return Chosen(tree, 0)
         numbers = torch.stack([tree.parents.double(), tree.depths.double(), tree.log_probs.double()], dim=1).tolist()
         rows = []
@@ -257,17 +257,18 @@ class CostPolicy:
         tokens = [0.0] * self.round.steps
         for forecast, joint, active in zip(forecasts, joints, self.round.active, strict=True):
             for depth, probability in zip(forecast.depths[1:], joint[1:], strict=True):
-                tokens[depth - 1] += probability * active
+                if depth <= len(tokens):  # deeper ones were looked up
+                    tokens[depth - 1] += probability * active
         self.layers += [RunningMean() for _ in range(len(tokens) - len(self.layers))]
         for layer, value in zip(self.layers, tokens, strict=False):
             layer.add(value)
-        self.nodes.add(len(forecasts[0].parents) - 1)
+        self.nodes.add(len(joints[0]) - 1)
 
     def _contemplate_tokens(self, nodes: int, forecasts: Sequence[Forecast], joints: Sequence[Sequence[float]]) -> int:
         """How many pay: the chance that a walk ends at a node, times what a fresh future is worth, against a row."""
         limit = self.options.contemplate_tokens
         limit = nodes + 1 if limit is None else min(limit, nodes + 1)
-        if not self.options.contemplate:
+        if not self.options.contemplate or self.gain.value <= 0:
             return 0
         ends = [0.0] * (nodes + 1)
         for forecast, joint, active in zip(forecasts, joints, self.round.active, strict=True):
@@ -294,18 +295,18 @@ class CostPolicy:
         seconds = dict(record.seconds)
         draft_seconds = seconds.pop("draft", 0.0)
         self.costs.observe(rows, this.context, sum(seconds.values()))
-        if this.drafts and not this.reads_backlog:
+        if this.steps and not this.reads_backlog:
             self.costs.observe_draft(this.steps, this.context, self.options.top_k, draft_seconds)
         for forecast, path, ended in zip(record.forecasts, record.path, finished, strict=False):
             # Where a text ended, nobody was asked about the children of its last node.
             for node, accepted in forecast.outcomes(path) if not ended else ():
                 self.calibration.learn(forecast.drafted[node], forecast.depths[node], accepted)
-        if this.drafts:
-            if self.options.contemplate and not this.probe:
-                for fresh, count in zip(self.fresh, record.accepted, strict=False):
-                    if count:
-                        self.experience.future.learn(fresh, count)
+        if this.steps:  # what was looked up cost nothing, and says nothing of the network
             self._weigh(record.accepted, rows)
+            learns = self.options.contemplate and not this.probe
+            for fresh, count in zip(self.fresh, record.accepted, strict=False) if learns else ():
+                if count:
+                    self.experience.future.learn(fresh, count)
         self.fresh = record.fresh
         self.rounds += 1
         self.experience.rounds_since_plain = (

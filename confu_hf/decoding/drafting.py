@@ -27,6 +27,7 @@ class Drafter:
     """Proposes tokens, by `step` or by a `grow` of its own. A lookup table is one, so is an oracle in a test."""
 
     network: PreTrainedModel | None = None  # the module that drafts, if one does
+    steps: int = 0  # how often `step` was asked for the last tree
 
     def recall(self, cache: Cache | None, input_ids: Tensor) -> None:
         """Told before prefill: the cache that the call goes on from, and its ids. Nothing, unless overridden."""
@@ -44,10 +45,11 @@ class Drafter:
 
     def grow(self, state: DecodingState, plan: RoundPlan) -> DraftTree:
         """The tree of a round: grown step by step, unless overridden. The root alone if nothing may be drafted."""
+        self.steps = 0
         if plan.total_tokens == 0:
             return root_only(state.roots)
         return grow_tree(
-            self.step,
+            self._counted_step,
             state.roots,
             total_tokens=plan.total_tokens,
             depth=plan.depth,
@@ -55,6 +57,10 @@ class Drafter:
             confidence_threshold=plan.confidence_threshold,
             another_step=plan.another_step,
         )
+
+    def _counted_step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+        self.steps += 1
+        return self.step(tokens, parents, top_k)
 
 
 @dataclass(frozen=True)

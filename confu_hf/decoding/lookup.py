@@ -112,7 +112,9 @@ class CombinedDrafter(Drafter):
     def grow(self, state: DecodingState, plan: RoundPlan) -> DraftTree:
         """The likeliest nodes of both."""
         chains = self.lookup.chains(state, min(plan.total_tokens, _room(state)))
-        tree = root_only(state.roots) if _certain(chains, state, plan) else self.drafter.grow(state, plan)
+        certain = _certain(chains, state, plan)
+        tree = root_only(state.roots) if certain else self.drafter.grow(state, plan)
+        self.steps = 0 if certain else self.drafter.steps
         return _grafted(tree, chains, plan)
 
 

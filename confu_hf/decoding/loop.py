@@ -104,7 +104,7 @@ class Decoder:
         with timed("draft"):
             tree = self.drafter.grow(state, plan)
         with timed("policy"):
-            chosen = self.policy.prune(state, plan, tree)
+            chosen = self.policy.prune(state, tree, self.drafter.steps)
             tree = chosen.tree
         with timed("verify"):
             layout = self._layout(tree, chosen.contemplate_tokens, state)
@@ -117,9 +117,8 @@ class Decoder:
         return state, acceptance
 
     def _record(self, chosen: Chosen, layout: VerifyLayout, acceptance: Acceptance) -> RoundRecord:
-        seconds = (
-            self.stopwatch.read()
-        )  # from here on a GPU has nothing left to do, and reading from it waits for nothing
+        seconds = self.stopwatch.read()
+        # From here on a GPU has nothing left to do, and reading from it waits for nothing.
         path = tuple(tuple(node for node in row if node >= 0) for row in acceptance.path.tolist())
         contemplated = layout.contemplate_nodes.tolist()
         return RoundRecord(

@@ -24,7 +24,7 @@ class RoundPlan:
 
     Attributes:
         total_tokens: nodes to draft; 0 = a plain decoding step.
-        depth: the most tokens drafted in a row. top_k: nodes expanded per layer, and children considered for each.
+        depth: the most tokens drafted in a row by a network; 0 = none, what is looked up may be drafted all the same. top_k: nodes expanded per layer, and children considered for each.
         confidence_threshold: drafted nodes of a smaller joint probability are not verified.
         another_step: asked between two draft steps whether to go on; None = always.
     """
@@ -60,8 +60,8 @@ class Policy(Protocol):
     def plan(self, state: DecodingState, history: Sequence[RoundRecord]) -> RoundPlan:
         """The next round, before anything is drafted."""
 
-    def prune(self, state: DecodingState, plan: RoundPlan, tree: DraftTree) -> Chosen:
-        """What of the tree that was drafted is verified."""
+    def prune(self, state: DecodingState, tree: DraftTree, steps: int) -> Chosen:
+        """What of the tree that was drafted, with so many draft steps, is verified."""
 
     def finish(self) -> None:
         """After the last round."""
@@ -95,7 +95,7 @@ class FixedPolicy:
             confidence_threshold=options.confidence_threshold,
         )
 
-    def prune(self, state: DecodingState, plan: RoundPlan, tree: DraftTree) -> Chosen:
+    def prune(self, state: DecodingState, tree: DraftTree, steps: int) -> Chosen:
         """All of it."""
         return Chosen(tree, self.options.contemplate_tokens)
 

@@ -43,13 +43,8 @@ class TreeReplay:
         options: TreeOptions,
     ):
         self.new_drafter, self.contemplator, self.layer_ids = new_drafter, contemplator, layer_ids
-        self.plan = RoundPlan(
-            options.total_tokens,
-            options.depth,
-            options.top_k,
-            options.confidence_threshold,
-            options.contemplate_tokens,
-        )
+        self.plan = RoundPlan(options.total_tokens, options.depth, options.top_k, options.confidence_threshold)
+        self.contemplate_tokens = options.contemplate_tokens
 
     @torch.no_grad()
     def counts(self, texts: KnownTexts) -> list[list[int]]:
@@ -83,7 +78,7 @@ class TreeReplay:
         """
         if self.contemplator is None:
             return None, None
-        nodes = self.contemplator.nodes(tree, self.plan.contemplate_tokens)
+        nodes = self.contemplator.nodes(tree, self.contemplate_tokens)
         nearest = nearest_contemplated(tree, nodes).gather(1, node[:, None])  # (B, 1)
         carrier = nodes.gather(1, nearest.clamp_min(0))
         # A row that has ended stays within its text.

@@ -1,0 +1,34 @@
+"""What an assistant decides rounds by: the policy of a call, and what is learned from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..acceleration.costs import CostModel
+from ..decoding.cost_policy import CostPolicy
+from ..decoding.experience import Experience
+from ..decoding.policy import FixedPolicy, Policy
+from ..options import TreeOptions
+
+
+class DecidesRounds:
+    """An assistant's part that decides what a round may spend."""
+
+    @property
+    def experience(self) -> Experience:
+        """What earlier calls of this assistant have shown."""
+        return self.__dict__.setdefault("_experience", Experience())
+
+    @property
+    def costs(self) -> CostModel | None:
+        """Costs that `policy="auto"` goes by: a [`CostModel`], or a dictionary of its `to_dict()`. None = it measures."""
+        return self.experience.given
+
+    @costs.setter
+    def costs(self, costs: CostModel | Mapping[str, Any] | None) -> None:
+        self.experience.give(costs)
+
+    def new_policy(self, options: TreeOptions) -> Policy:
+        """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
+        return FixedPolicy(options) if options.policy == "fixed" else CostPolicy(options, self.experience)
