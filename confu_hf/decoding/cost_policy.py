@@ -294,9 +294,8 @@ class CostPolicy:
         rows = len(record.accepted) * (record.nodes + record.contemplate_tokens)
         seconds = dict(record.seconds)
         draft_seconds = seconds.pop("draft", 0.0)
-        self.costs.observe(rows, this.context, sum(seconds.values()))
-        if this.steps and not this.reads_backlog:
-            self.costs.observe_draft(this.steps, this.context, self.options.top_k, draft_seconds)
+        steps = 0 if this.reads_backlog else this.steps
+        self.costs.observe(rows, this.context, sum(seconds.values()), steps, self.options.top_k, draft_seconds)
         for forecast, path, ended in zip(record.forecasts, record.path, finished, strict=False):
             # Where a text ended, nobody was asked about the children of its last node.
             for node, accepted in forecast.outcomes(path) if not ended else ():
