@@ -130,6 +130,7 @@ class CostPolicy:
         self.rounds = 0
         self.round: _Round | None = None
         self.fresh: tuple[bool, ...] = ()  # whether the last round left a fresh future
+        self.usual = RunningMean()  # tokens that a round emits in this text
 
     def prepare(self, bench: Bench) -> None:
         """Look the costs up, or measure them."""
@@ -305,7 +306,8 @@ class CostPolicy:
             learns = self.options.contemplate and not this.probe
             for fresh, count in zip(self.fresh, record.accepted, strict=False) if learns else ():
                 if count:
-                    self.experience.future.learn(fresh, count)
+                    self.usual.add(count)
+                    self.experience.future.learn(fresh, count - self.usual.value)
         self.fresh = record.fresh
         self.rounds += 1
         self.experience.rounds_since_plain = (
