@@ -1,10 +1,12 @@
 """The target answers prompts: training data for its draft, rows with `messages` that `datasets` loads as JSON.
 
     python examples/regenerate.py --prompts prompts.jsonl.gz --output runs/answers.jsonl --exclude benchmark.jsonl
+    python examples/regenerate.py --server http://127.0.0.1:8000/v1 --prompts prompts.jsonl.gz --output runs/answers.jsonl
 
 Can be stopped at any time and started again with the same command: answered prompts are skipped. A prompt is answered
 once, however often it occurs; one that shares text with a file of `--exclude` never is. How a batch is computed is
-`confu_hf/training/regeneration.py`; what is made of the answers is left to `train.py`.
+`confu_hf/training/regeneration.py`; with `--server`, an engine elsewhere computes, which `_server.py` asks. What is made
+of the answers is left to `train.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 import time
@@ -28,6 +31,7 @@ from pathlib import Path
 
 import torch
 from _prompts import Prompt, chat_text, read_prompts, read_questions, user_texts
+from _server import ChatRequest, ChatServer
 from _smollm2 import load_target
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from confu_hf.acceleration.packing import PACK_LIMIT_BYTES, PackedLinears
 from confu_hf.errors import refusal
 from confu_hf.training.overlap import OverlapIndex, normalised_text
-from confu_hf.training.regeneration import MAX_PREFILL_TOKENS, Answer, Regenerator, Request
+from confu_hf.training.regeneration import MAX_PREFILL_TOKENS, Regenerator, Request
 
 # So many batches' worth of prompts of similar length follow each other; then come other lengths.
 SIMILAR_BATCHES = 4
@@ -70,7 +74,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--temperature", type=float, nargs="+", default=[0.0, 0.7], help="prompts take these in turn; 0 is greedy"
     )
     parser.add_argument("--top-k", type=int, default=50, help="when sampling, as in generate(); 0 means all tokens")
-    parser.add_argument("--batch-size", type=int, default=128, help="answers in the making")
+    parser.add_argument("--batch-size", type=int, default=128, help="answers in the making, or requests in flight")
+    parser.add_argument("--server", help="URL up to /v1 of an OpenAI-compatible server that answers instead")
+    parser.add_argument("--server-model", help="a name that the server knows (default: the first that it lists)")
     parser.add_argument("--limit", type=int, help="this many of the prompts, evenly spaced")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -118,10 +124,10 @@ def make_jobs(
     prompts: list[Prompt],
     done: tuple[set[str], set[str]],
     benchmark: OverlapIndex,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     args: argparse.Namespace,
 ) -> list[Job]:
-    """The prompts to answer; those left out are counted, by reason, on stderr."""
+    """The prompts to answer; those left out are counted, by reason, on stderr. Without a tokenizer, jobs have no tokens."""
     ids, keys = (set(known) for known in done)
     counts: Counter[str] = Counter()
     jobs = []
@@ -137,7 +143,7 @@ def make_jobs(
         else:
             ids.add(prompt.id)
             keys.add(key)
-            tokens = tokenizer(chat_text(tokenizer, prompt.messages), add_special_tokens=False)["input_ids"]
+            tokens = prompt_tokens(tokenizer, prompt)
             if len(tokens) > args.max_prompt_tokens:
                 counts["too long"] += 1
                 continue
@@ -150,6 +156,13 @@ def make_jobs(
     return jobs
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
+    """What the model reads; nothing where a server has the tokenizer."""
+    if tokenizer is None:
+        return []
+    return tokenizer(chat_text(tokenizer, prompt.messages), add_special_tokens=False)["input_ids"]
+
+
 def in_order(jobs: list[Job], batch_size: int, seed: int) -> list[Job]:
     """Jobs of similar length after each other, the lengths in random order: a part of the output is a fair sample."""
     jobs = sorted(jobs, key=lambda job: len(job.request.tokens))
@@ -159,13 +172,12 @@ def in_order(jobs: list[Job], batch_size: int, seed: int) -> list[Job]:
     return [job for stretch in stretches for job in stretch]
 
 
-def output_row(job: Job, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict:
-    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-    if not answer.finished:
+def output_row(job: Job, text: str, finished: bool) -> dict:
+    if not finished:
         text = text.rstrip("\ufffd")  # the limit may fall within a character of several tokens
     record = asdict(job.prompt)
     messages = record.pop("messages")
-    record |= {"temperature": job.request.temperature, "finished": answer.finished}
+    record |= {"temperature": job.request.temperature, "finished": finished}
     return record | {"messages": [*messages, {"role": "assistant", "content": text}]}
 
 
@@ -183,10 +195,33 @@ def answer_jobs(
     regenerator = Regenerator(model, args.batch_size, args.max_new_tokens, top_k=args.top_k)
     start = time.perf_counter()
     for answer in regenerator.answers([job.request for job in jobs]):
-        yield output_row(jobs[answer.index], answer, tokenizer)
+        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        yield output_row(jobs[answer.index], text, answer.finished)
         rate = regenerator.new_tokens / (time.perf_counter() - start)
         bar.set_postfix_str(f"{regenerator.new_tokens} tokens, {rate:.0f} tokens/s", refresh=False)
         bar.update()
+
+
+def ask_server(jobs: list[Job], args: argparse.Namespace, bar: tqdm) -> Iterable[dict]:
+    """As [`answer_jobs`], by an engine elsewhere; prompts that it rejects, or finds too long, are left out."""
+    api_key = os.environ.get("OPENAI_API_KEY")
+    limits = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k}
+    server = ChatServer(args.server, args.server_model, api_key=api_key, **limits)
+    requests = [
+        ChatRequest(number, job.prompt.messages, job.request.temperature, job.request.seed % 2**31)
+        for number, job in enumerate(jobs)
+    ]
+    counts: Counter[str] = Counter()
+    for answer in server.answers(requests, args.batch_size):
+        bar.update()
+        if answer.text is None:
+            counts[answer.reason] += 1
+        elif (answer.prompt_tokens or 0) > args.max_prompt_tokens:
+            counts["too long"] += 1
+        else:
+            yield output_row(jobs[answer.key], answer.text, answer.finished)
+    if counts:
+        print(f"Left out: {', '.join(f'{count} {reason}' for reason, count in counts.items())}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -195,16 +230,17 @@ def main(arguments: list[str] | None = None) -> None:
     done = answered(args.output)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device != "cpu" else "float32"
-    model, tokenizer = load_target(args.target, args.dtype, args.device)
+    model, tokenizer = (None, None) if args.server else load_target(args.target, args.dtype, args.device)
     jobs = make_jobs(prompts, done, OverlapIndex(read_questions(args.exclude)), tokenizer, args)
     jobs = in_order(jobs, args.batch_size, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         args.output.open("a", encoding="utf-8") as file,
         tqdm(total=len(jobs), unit="prompt", smoothing=0.05, mininterval=1) as bar,
-        packed(model),
+        nullcontext() if model is None else packed(model),
     ):
-        for row in answer_jobs(model, tokenizer, jobs, args, bar):
+        rows = ask_server(jobs, args, bar) if model is None else answer_jobs(model, tokenizer, jobs, args, bar)
+        for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
 

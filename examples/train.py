@@ -45,6 +45,7 @@ from confu_hf.training.optimizer import product_dtype
 from confu_hf.training.overlap import OverlapIndex
 from confu_hf.training.pair import AdapterShape, DraftShape, open_store, starting_pair
 from confu_hf.training.recipe import SHARES, Recipe, RecipeOptions, summary
+from confu_hf.training.sharding import shard_target
 from confu_hf.training.trainer import ConFuTrainer
 
 
@@ -67,6 +68,9 @@ class ScriptArguments:
     target_dtype: str = field(
         default="auto",
         metadata={"help": "dtype of the frozen target; auto: bfloat16 where the processor multiplies it"},
+    )
+    shard_target: bool = field(
+        default=False, metadata={"help": "split the target's layers among the processes: it does not fit one device"}
     )
     init_from: str | None = field(default=None, metadata={"help": "EAGLE-3 draft or ConFu pair to start from"})
     max_length: int = field(default=768, metadata={"help": "tokens per sequence, prompt included"})
@@ -141,7 +145,10 @@ def main() -> None:
     logging.get_logger("confu_hf").setLevel("INFO")
     set_seed(training.seed)
     dtype = product_dtype(training.device) if arguments.target_dtype == "auto" else arguments.target_dtype
-    target, tokenizer = load_target(arguments.target, dtype, training.device)
+    # A target to be sharded is loaded to the CPU: it does not fit the device as a whole.
+    target, tokenizer = load_target(arguments.target, dtype, "cpu" if arguments.shard_target else training.device)
+    if arguments.shard_target:
+        shard_target(target)
     if arguments.recipe is not None:
         run_recipe(arguments, adapter_shape, training, target, tokenizer)
         return

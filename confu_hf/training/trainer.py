@@ -102,6 +102,14 @@ class ConFuTrainer(Trainer):
                 expected="one process per GPU",
                 fix="Start the script with `accelerate launch`, or choose one by CUDA_VISIBLE_DEVICES.",
             )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise refusal(
+                "ConFuTrainer",
+                got="FSDP" if self.is_fsdp_enabled else "DeepSpeed",
+                expected="one process, or DDP: draft and adapter are small and stay whole",
+                fix="Launch with examples/accelerate/eight_gpus.yaml; if the target does not fit one device, with "
+                "sharded_target.yaml and --shard_target true.",
+            )
         if self.args.bf16 and self.args.device.type == "cpu" and not multiplies_bfloat16():
             warnings.warn(
                 "bf16: got a CPU without instructions for products of bfloat16, expected AVX512-BF16 or AMX. "
