@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import make_assistant, make_oracle
 from tiny_models import ARCHITECTURES, tiny_llama, tiny_qwen3
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 
 from confu_hf import LookupAssistant
 from confu_hf.compat import cache_keyword
@@ -80,20 +80,20 @@ def test_chains_tell_what_they_are_worth():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_is_identical(name):
     target = ARCHITECTURES[name]()
-    lookup = LookupAssistant(target=target, confidence_threshold=0.0)
+    lookup = LookupAssistant(target=target, confidence_threshold=0.0, policy="fixed")
     assert torch.equal(assisted(target, lookup, **LENGTH), plain(target, **LENGTH))
     assert lookup.stats.verified_nodes > lookup.stats.rounds
 
 
 def test_a_text_that_repeats_itself_is_written_in_few_passes():
     target = ARCHITECTURES["gemma2"]()
-    lookup = LookupAssistant(target=target)
+    lookup = LookupAssistant(target=target, policy="fixed")
     assisted(target, lookup, **LENGTH)
     assert lookup.stats.mean_accepted_length > 3
 
 
 def test_sampling_is_seed_exact(target):
-    lookup = LookupAssistant(target=target, confidence_threshold=0.0, total_tokens=20)
+    lookup = LookupAssistant(target=target, confidence_threshold=0.0, total_tokens=20, policy="fixed")
     accepted = []
     for seed in range(30):
         options = {"do_sample": True, "temperature": 0.5, "top_k": 3, "repetition_penalty": 0.8, "max_new_tokens": 24}
@@ -127,6 +127,19 @@ def test_second_turn_on_a_returned_cache(target):
     prompt = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
     again = target.generate(prompt, max_new_tokens=12, assistant_model=lookup, **cache_keyword(target, cache))
     assert torch.equal(again, target.generate(prompt, max_new_tokens=12))
+
+
+def test_pipeline_and_streamer(target, tokenizer):
+    lookup, arguments = LookupAssistant(target=target), {"max_new_tokens": 12, "do_sample": False}
+    expected = pipeline("text-generation", model=target, tokenizer=tokenizer)("hello", **arguments)
+    assert (
+        pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=lookup)("hello", **arguments)
+        == expected
+    )
+    assert lookup.stats.new_tokens == 12
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    answer = assisted(target, lookup, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(answer[0, PROMPT.shape[1] :])
 
 
 def test_a_life():
