@@ -4,7 +4,8 @@
     python examples/profile_decoding.py --trace runs/trace.json     # and a trace for chrome://tracing or Perfetto
 
 Passes alternate between the ways and the numbers of rows in one process; medians of CPU time and of wall-clock time.
-Other work on the machine shows in both: threads that share a core or its memory slow each other down.
+Other work on the machine shows in both: threads that share a core or its memory slow each other down. Compiled products
+are no operators of torch: in the trace they are what lies between two operators.
 """
 
 from __future__ import annotations
