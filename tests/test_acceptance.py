@@ -105,7 +105,7 @@ def tree_decoding(target, num_tokens, processors, do_sample, draw_tree, **option
         tree = draw_tree(ids[-1])
         options |= {"processors": processors, "do_sample": do_sample, "stopping_criteria": criteria}
         acceptance = run(tree, target.verify(tree, ids), torch.tensor([ids]), past_scores=scores, **options)
-        scores, raw_logits = scores + acceptance.scores, raw_logits + acceptance.raw_logits
+        scores, raw_logits = scores + acceptance.scores[0], raw_logits + acceptance.raw_logits[0]
         ids += acceptance.tokens[0].tolist()
         (finished,) = acceptance.finished
         rounds += 1

@@ -81,7 +81,7 @@ class ConFuGenerationMixin(compat.GenerateSteps):
     ):
         """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
         cache, inputs = compat.split_cache(inputs)
-        check_inputs(input_ids, cache, inputs, synced_gpus)
+        check_inputs(input_ids, cache, inputs, synced_gpus, streamer)
         decoder = Decoder(
             self,
             assistant.config.target_layer_ids,

@@ -7,6 +7,7 @@ told of wait until it drafts. Which nodes are expanded is decided in tree/growin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,9 @@ class Drafter:
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """Told after prefill and after every round: the state now, and the rows that are new."""
         raise NotImplementedError
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Told when batch rows have ended: the others, which are the new rows. Nothing, unless overridden."""
 
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
         """[`tree.growing.DraftStep`]; `parents` None starts a new tree."""
@@ -122,6 +126,11 @@ class NetworkDrafter(Drafter):
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """New rows join those that wait."""
         self.waiting = rows if self.waiting is None else self.waiting.followed_by(rows)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Its cache, and the rows that wait."""
+        self.cache.batch_select_indices(torch.tensor(rows))
+        self.waiting = self.waiting.select(rows)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:

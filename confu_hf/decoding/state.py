@@ -38,6 +38,14 @@ class Rows:
         joined = {name: torch.cat([getattr(self, name), getattr(newer, name)], dim=1) for name in names}
         return Rows(**joined, future=newer.future, future_known=newer.future_known)
 
+    def select(self, rows: Sequence[int]) -> Rows:
+        """Those of some batch rows."""
+        index = torch.tensor(rows, device=self.tokens.device)
+        tensors = {
+            name: getattr(self, name) for name in ("tokens", "features", "position_ids", "future", "future_known")
+        }
+        return Rows(**{name: t if t is None else t[index.to(t.device)] for name, t in tensors.items()})
+
     def newest_last(self) -> Rows:
         """The same rows, moved to the right where there are gaps."""
         real = self.position_ids >= 0
@@ -77,6 +85,19 @@ class DecodingState:
         """`(B,)` long, the newest decided token of every row."""
         last = torch.tensor(self.lengths, device=self.input_ids.device)[:, None] - 1
         return self.input_ids.gather(1, last)[:, 0]
+
+    def select(self, rows: Sequence[int]) -> DecodingState:
+        """The state of some of the rows."""
+        index = torch.tensor(rows, device=self.input_ids.device)
+        lengths = tuple(self.lengths[row] for row in rows)
+        return DecodingState(
+            input_ids=self.input_ids[index, : max(lengths)],
+            lengths=lengths,
+            finished=tuple(self.finished[row] for row in rows),
+            features=self.features[index.to(self.features.device)],
+            position_offset=self.position_offset[index.to(self.position_offset.device)],
+            max_length=self.max_length,
+        )
 
     def advance(self, acceptance: Acceptance, features: Tensor) -> DecodingState:
         """The state after a round. `features` `(B, P, 3 d)`, of the accepted nodes."""

@@ -331,6 +331,22 @@ class TreeCache(Cache):
             if layer.is_initialized:
                 layer.lengths = [length + count for length, count in zip(layer.lengths, counts, strict=True)]
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with some of the batch rows: one copy of their slots."""
+        super().batch_select_indices(indices)
+        if self.slot_position_ids is not None:
+            self.slot_position_ids, self._padding = self.slot_position_ids[indices], self._padding[indices]
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Take back what is committed behind the first `lengths[b]` slots of each batch row `b`."""
+        self.commit([min(0, new - old) for old, new in zip(self.lengths, lengths, strict=True)])
+        slots = torch.arange(max(self.lengths), device=self.slot_position_ids.device)
+        inside = slots < torch.tensor(self.lengths, device=slots.device)[:, None]
+        self.slot_position_ids = torch.where(inside, self.slot_position_ids[:, : len(slots)], -1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        return ((layer.keys, layer.values, None) for layer in self.layers)
+
     def set_mask(self, attention_mask: Tensor) -> None:
         """Say which committed slots are real tokens, `(B, length)`, 0 = padding or masked."""
         real = attention_mask.bool()
