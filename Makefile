@@ -1,4 +1,4 @@
-.PHONY: test quality style compatibility serve-check
+.PHONY: test quality style compatibility speculators-check serve-check
 
 test:
 	python -m pytest
@@ -14,6 +14,10 @@ style:
 # The whole test suite on every supported version of Transformers, each in a virtual environment of its own.
 compatibility:
 	.ci/compatibility
+
+# The package `speculators` beside what we write in its form, in a virtual environment of its own.
+speculators-check:
+	.ci/speculators
 
 # vLLM serves the exported EAGLE-3 draft; its texts and acceptance beside our own loop's (examples/serving.md). Installs vLLM's CPU
 # build in a virtual environment of its own: several GB.

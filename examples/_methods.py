@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser, methods: Sequence[str], defau
         type=_count_or_all,
         help="contemplate tokens of a verify pass: a number, or `all` nodes",
     )
+    tree.add_argument("--policy", choices=["auto", "fixed"], help="as much of the tree as pays, or all of it")
     tree.add_argument(
         "--lookup", action=argparse.BooleanOptionalAction, help="branches of what the text said before in the trees"
     )
@@ -138,7 +139,7 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
         )
     assistant = ConFuAssistant.from_pretrained(path, target=model)
     options = assistant.generation_config
-    for name in ("total_tokens", "depth", "top_k", "confidence_threshold", "lookup"):
+    for name in ("total_tokens", "depth", "top_k", "confidence_threshold", "lookup", "policy"):
         if getattr(args, name) is not None:
             setattr(options, name, getattr(args, name))
     if args.contemplate_tokens is not None:
@@ -147,7 +148,7 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
 
 
 def _compiled(assistant: ConFuAssistant) -> ConFuAssistant:
-    if "compile" not in vars(ConFuAssistant):  # every torch module has a method of that name
+    if ConFuAssistant.compile is torch.nn.Module.compile:  # every torch module has a method of that name
         raise SystemExit("This version of confu_hf has no ConFuAssistant.compile(): leave out confu-compiled.")
     assistant.compile()
     return assistant

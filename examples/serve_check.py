@@ -60,7 +60,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def our_answers(model: PreTrainedModel, eagle3: ConFuAssistant, prompts: list[list[int]], args) -> Answers:
     """With `generate`, drafting chains."""
     tokens, drafts, accepted = [], 0, [0] * args.chain
+    # The network's own chain of the same length in every round, as the engine drafts it.
     tree = {"total_tokens": args.chain, "depth": args.chain, "draft_top_k": 1, "confidence_threshold": 0.0}
+    tree |= {"policy": "fixed", "lookup": False}
     for prompt in prompts:
         output = model.generate(
             torch.tensor([prompt]),

@@ -367,7 +367,7 @@ def test_criteria_see_the_scores_of_all_rounds():
 
 def test_nothing_is_recorded_unasked():
     acceptance = accept_chain([2], [2, 1], processors=LogitsProcessorList([Witness()]))
-    assert acceptance.scores == () and acceptance.raw_logits == ()
+    assert acceptance.scores == ((),) and acceptance.raw_logits == ((),)
 
 
 def test_a_token_drafted_twice_takes_the_earlier_node():

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_routing import tokenizer  # noqa: F401  (a fixture)
 from tiny_models import tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -83,7 +82,7 @@ def test_a_journal_goes_on_only_with_its_own_settings(examples, tmp_path):
         read(journal, {"depth": 4})
 
 
-def test_a_run_measures_all_and_goes_on_where_it_stopped(examples, tmp_path, monkeypatch, tokenizer, capsys):  # noqa: F811
+def test_a_run_measures_all_and_goes_on_where_it_stopped(examples, tmp_path, monkeypatch, tokenizer, capsys):
     target = tiny_llama(dtype=torch.float32)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'][:20] }}{% endfor %}"
     monkeypatch.setattr(examples.benchmark, "load_target", lambda *args: (target, tokenizer))

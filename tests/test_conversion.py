@@ -298,6 +298,11 @@ def test_a_foreign_draft_needs_its_target(tmp_path):
     save(tmp_path, CASES["safeailab"].config, tensors(CASES["safeailab"], None))
     refused("got no target, expected the model that it drafts for", lambda: ConFuAssistant.from_pretrained(tmp_path))
 
+    other = ConFuConfig()
+    refused(
+        "got a config beside it", lambda: ConFuAssistant.from_pretrained(tmp_path, target=tiny_llama(), config=other)
+    )
+
 
 class Planted:
     """Writes a file when it is unpickled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -10,6 +11,7 @@ from unittest import mock
 
 import hub_client
 import pytest
+from foreign_drafts import CASES, save, tensors
 from hub_server import TOKEN, listing, running_hub
 from tiny_models import tiny_llama
 
@@ -152,3 +154,17 @@ def test_a_subfolder(hub, client, tmp_path):
         (folder / "pairs" / "a" / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).rename(folder / "pairs" / "a" / path)
     assert client("pull", "org/several", subfolder="pairs/a", cache_dir=str(tmp_path))[0] == weights
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_draft_of_another_project(hub, client, tmp_path, pickled):
+    case, name = CASES["safeailab"], f"somebody/draft-{pickled}"
+    folder = save(tmp_path / "theirs", case.config, tensors(case, None), pickled=pickled)
+    hub.store.create(name, private=False)
+    content = {path: base64.b64encode((folder / path).read_bytes()).decode() for path in listing(folder)}
+    hub.store.push(name, "main", [{"key": "file", "value": {"path": p, "content": c}} for p, c in content.items()])
+    weights, config = client("pull", name, allow_pickle=True) if pickled else client("pull", name)
+    assert weights > 0 and config["draft_vocab_size"] == 61 and not config["contemplate"]
+    if pickled:
+        kind, text = client("pull", name)
+        assert kind == "ValueError" and "pickled weights only (pytorch_model.bin)" in text

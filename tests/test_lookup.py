@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import make_assistant, make_oracle
 from tiny_models import ARCHITECTURES, tiny_llama, tiny_qwen3
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 
 from confu_hf import LookupAssistant
 from confu_hf.compat import cache_keyword
@@ -127,6 +127,19 @@ def test_second_turn_on_a_returned_cache(target):
     prompt = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
     again = target.generate(prompt, max_new_tokens=12, assistant_model=lookup, **cache_keyword(target, cache))
     assert torch.equal(again, target.generate(prompt, max_new_tokens=12))
+
+
+def test_pipeline_and_streamer(target, tokenizer):
+    lookup, arguments = LookupAssistant(target=target), {"max_new_tokens": 12, "do_sample": False}
+    expected = pipeline("text-generation", model=target, tokenizer=tokenizer)("hello", **arguments)
+    assert (
+        pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=lookup)("hello", **arguments)
+        == expected
+    )
+    assert lookup.stats.new_tokens == 12
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    answer = assisted(target, lookup, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(answer[0, PROMPT.shape[1] :])
 
 
 def test_a_life():

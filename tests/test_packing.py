@@ -90,9 +90,9 @@ def test_only_the_draft_is_rounded(monkeypatch, bfloat16):
     monkeypatch.setattr(decoding, "multiplies_bfloat16", lambda: bfloat16)
     real = decoding.packed_linears
 
-    def spy(model, wanted, dtype=None):
+    def spy(model, wanted, dtype=None, products=None):
         asked[model] = dtype
-        return real(model, wanted, dtype)
+        return real(model, wanted, dtype, products)
 
     monkeypatch.setattr(decoding, "packed_linears", spy)
     target.generate(torch.arange(3, 9)[None], assistant_model=confu, max_new_tokens=3)

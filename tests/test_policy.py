@@ -180,11 +180,11 @@ def test_the_worth_of_a_future_moves_slowly_from_what_is_believed_at_first():
     first = future.tokens
     assert 0 < first < 0.2
     for _ in range(1000):
-        future.learn(True, 3)
-        future.learn(False, 2)
+        future.learn(True, 0.5)
+        future.learn(False, -0.5)
     assert 0.3 < future.tokens < 1
     for _ in range(1000):
-        future.learn(True, 1)
+        future.learn(True, -1.5)
     assert future.tokens == 0
 
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 from assisted_calls import DRAFT, PROMPT, assisted, plain
 from peft import PeftModel
-from tiny_models import VOCAB_SIZE, tiny_llama, tiny_qwen3
-from tokenizers import Tokenizer, decoders, models
+from tiny_models import tiny_llama, tiny_qwen3
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -24,17 +22,6 @@ from confu_hf import ConFuAssistant
 from confu_hf.adapter.config import ConFuAdapterConfig
 from confu_hf.compat import cache_keyword
 from confu_hf.decoding.policy import FixedPolicy
-
-
-@pytest.fixture
-def tokenizer():
-    """One token per printable character."""
-    words = ["<pad>", "<s>", "</s>", *map(chr, range(33, 127))]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    assert len(vocabulary) == VOCAB_SIZE
-    characters = Tokenizer(models.BPE(vocabulary, merges=[]))
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])

@@ -8,10 +8,20 @@ from tiny_models import tiny_llama, tiny_target
 from tiny_pairs import conversations, tiny_pair
 
 from confu_hf import ConFuAssistant
+from confu_hf.adapter.tuner import remove_adapter
 from confu_hf.target.soft_prompts import soft_prompt_key_values
 from confu_hf.training.data import ConversationCollator
 from confu_hf.training.module import ConFuForTraining
-from confu_hf.training.pair import AdapterShape, DraftShape, add_adapter, confu_from_eagle3, fresh_draft, open_store
+from confu_hf.training.pair import (
+    AdapterShape,
+    DraftShape,
+    add_adapter,
+    confu_from_eagle3,
+    fresh_draft,
+    open_store,
+    starting_pair,
+)
+from confu_hf.training.store import store_bytes
 
 ROWS = conversations((4, 20), (3, 16), (5, 24))
 
@@ -97,3 +107,53 @@ def test_the_store_is_for_these_layers_and_this_data(tmp_path):
     torch.testing.assert_close(module(**batch)["loss"], first, rtol=1e-2, atol=0)
     with pytest.raises(ValueError, match="The target features in"):
         open_store(str(tmp_path), target, draft, ROWS[:2], name="tiny", store_caches=False)
+
+
+def test_a_store_says_what_it_takes_and_has_a_limit(tmp_path):
+    target = tiny_llama(dtype=torch.float32)
+    draft = fresh_draft(ConFuAssistant, DraftShape(draft_vocab_size=40), target, ROWS, contemplate=False).draft
+    store = open_store(str(tmp_path / "a"), target, draft, ROWS, name="tiny", store_caches=True)
+    positions = sum(len(row["input_ids"]) for row in ROWS)
+    files = [tmp_path / "a" / f"{name}.bin" for name in ("states", "choices", "caches")]
+    size = sum(file.stat().st_size for file in files)
+    assert size == store_bytes(positions, 32, 3, (8, 2, 8)) and store.cache_shape == (8, 2, 8)
+    with pytest.raises(
+        ValueError, match=r"feature_store: got 0.00 GB for 60 positions, expected at most 0.00 GB. Train"
+    ):
+        open_store(str(tmp_path / "b"), target, draft, ROWS, name="tiny", store_caches=True, limit=size / 1e9 / 2)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_stage_goes_on_from_what_it_is_given(tmp_path):
+    """Fresh; ConFu from EAGLE-3; a pair as it is; a pair that gets a gated LoRA."""
+    target = tiny_llama(dtype=torch.bfloat16)
+
+    def start(contemplate, init_from=None, **shape):
+        return starting_pair(
+            ConFuAssistant,
+            target,
+            ROWS,
+            contemplate=contemplate,
+            init_from=init_from,
+            draft_shape=DraftShape(draft_vocab_size=40),
+            adapter_shape=AdapterShape(num_virtual_tokens=3, num_experts=4, **shape),
+        )
+
+    eagle3 = start(False)
+    eagle3.save_pretrained(tmp_path / "eagle3")
+    eagle3.detach()
+    confu = start(True, str(tmp_path / "eagle3"))
+    assert torch.equal(confu.fc.weight, eagle3.fc.weight) and target.confu.prompt_weight().dtype == torch.float32
+    kept = {name: weight.clone() for name, weight in target.confu.adapter_weights(target.confu.current).items()}
+    confu.save_pretrained(tmp_path / "confu")
+    confu.detach()
+    remove_adapter(target, "default")
+    again = start(True, str(tmp_path / "confu"))
+    assert torch.equal(again.future_fc.weight, confu.future_fc.weight)
+    assert target.confu.config.lora_rank == 0 and target.confu.config.num_virtual_tokens == 3
+    again.detach()
+    more = start(True, str(tmp_path / "confu"), lora_rank=2)
+    weights = target.confu.adapter_weights(target.confu.current)
+    assert target.confu.config.lora_rank == 2 and not weights["confu_lora_up"].any()
+    assert all(torch.equal(weights[name], weight) for name, weight in kept.items())
+    assert all(torch.equal(weight, confu.state_dict()[name]) for name, weight in more.state_dict().items())

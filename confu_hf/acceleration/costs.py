@@ -1,4 +1,5 @@
-"""What a round costs: seconds of a verify pass by its rows, of drafting by its steps, as running estimates.
+"""What a round costs: seconds of a verify pass by its rows, of drafting by its steps, as running estimates at the usual
+pace of the machine.
 
 Whole rounds are what is timed. A short sweep of bare passes gives the curve its first shape; every round then moves
 it. Numbers only: who runs the passes is decoding/sweep.py, who reads a round's seconds decoding/experience.py, where
@@ -14,15 +15,20 @@ from typing import Any
 
 from ..errors import refusal
 
-# A running mean moves by 1 / (times seen), at least by 1 / MEMORY: machines change their speed while they work.
+# A running mean moves by 1 / (times seen), at least by 1 / MEMORY: what a pass costs changes while a process lives.
 MEMORY = 32
-# How far a round's seconds may lie above the estimate and still count in full: a page fault says nothing of rows,
-# once a count has been seen a few times.
+# The pace of the machine is that of the newest rounds: other work comes and goes within seconds. At most it
+# slows rounds down, or speeds them up, by this factor.
+PACE_MEMORY, MOST_PACE = 8, 8.0
+# How far a round's seconds may lie above the estimate and still count in full, once a few were seen: a page fault says
+# nothing of rows.
 OUTLIER, TRUSTED = 2.0, 3
-# Counts so near lend each other what was seen, by 1 / (1 + distance) ** 2; what all saw weighs as one round.
-NEIGHBOURS = 3
+# What all counts have in common weighs as much as so many rounds of one group of counts.
+COMMON_ROUNDS = 4.0
 # Attention reads the context: contexts of up to 512 tokens share a curve, then up to 1024, 2048, ...
 SHORTEST_RANGE = 512
+# How often the sweep runs each number of rows, where its budget allows it.
+SWEEPS = 3
 
 
 @dataclass
@@ -37,14 +43,19 @@ class RunningMean:
         self.value += (value - self.value) / self.weight
 
 
+def group(count: int) -> int:
+    """Counts that learn together: 1, 2, 3 and 4, 5 to 8, 9 to 16, ... Kernels work in blocks of such sizes."""
+    return (count - 1).bit_length()
+
+
 @dataclass
 class Curve:
-    """Seconds by a count (rows, or draft steps): a shape, times a ratio learned near each count.
+    """Seconds by a count (rows, or draft steps): a shape, times a ratio learned for each group of counts.
 
     Attributes:
         shape: seconds at some counts, in between on straight lines; below the least the same, beyond the greatest on
             through the last two points.
-        ratios: seconds seen, divided by the shape, at each count. overall: the same of all counts.
+        ratios: seconds seen, divided by the shape, by group. overall: the same of all counts.
     """
 
     shape: dict[int, float]
@@ -56,37 +67,30 @@ class Curve:
 
     def __call__(self, count: int) -> float:
         if count not in self._known:
-            self._known[count] = self._shape_at(count) * self._ratio(count)
+            self._known[count] = self._shape_at(count) * self._ratio(group(count))
         return self._known[count]
 
     def seen(self, count: int) -> float:
-        """How many rounds of this count are behind the estimate, at most `MEMORY`."""
-        return self.ratios[count].weight if count in self.ratios else 0.0
+        """How many rounds of this count, or of its group, are behind the estimate, at most `MEMORY`."""
+        mean = self.ratios.get(group(count))
+        return 0.0 if mean is None else mean.weight
 
     def add(self, count: int, seconds: float) -> None:
         """One measurement."""
-        expected = self._shape_at(count)
-        if expected <= 0 or seconds <= 0:
-            return
-        ratio = seconds / expected
+        ratio = seconds / self._shape_at(count)
         if self.seen(count) >= TRUSTED:
-            ratio = min(ratio, OUTLIER * self._ratio(count))
-        self.ratios.setdefault(count, RunningMean()).add(ratio)
+            ratio = min(ratio, OUTLIER * self._ratio(group(count)))
+        self.ratios.setdefault(group(count), RunningMean()).add(ratio)
         self.overall.add(ratio)
         self._known.clear()
 
     def rebased(self) -> Curve:
         """A curve that starts where this one is, with nothing seen."""
-        counts = sorted({*self.shape, *self.ratios})
-        return Curve({count: self(count) for count in counts})
+        return Curve({count: self(count) for count in self.shape})
 
-    def _ratio(self, count: int) -> float:
-        total, weight = self.overall.value, 1.0
-        for near in range(count - NEIGHBOURS, count + NEIGHBOURS + 1):
-            if near in self.ratios:
-                share = self.ratios[near].weight / (1 + abs(near - count)) ** 2
-                total, weight = total + share * self.ratios[near].value, weight + share
-        return total / weight
+    def _ratio(self, index: int) -> float:
+        mean = self.ratios.get(index, RunningMean())
+        return (COMMON_ROUNDS * self.overall.value + mean.weight * mean.value) / (COMMON_ROUNDS + mean.weight)
 
     def _shape_at(self, count: int) -> float:
         counts = sorted(self.shape)
@@ -118,6 +122,7 @@ class CostModel:
         self.learns = learns
         self._curves: dict[tuple[str, int], Curve] = {("verify", 0): Curve(dict(verify or {1: 1.0}))}
         self._draft_step = draft_step
+        self._pace = RunningMean(1.0)
 
     def verify(self, rows: int, context: int) -> float:
         """A round without its drafting."""
@@ -135,36 +140,52 @@ class CostModel:
         curve = self._curves.get(("verify", _range(context)))
         return 0.0 if curve is None else curve.seen(rows)
 
-    def observe(self, rows: int, context: int, verify_seconds: float) -> None:
-        """A round: its seconds without drafting."""
-        if self.learns:
-            self._own_curve("verify", context).add(rows, verify_seconds)
+    def observe(
+        self,
+        rows: int,
+        context: int,
+        verify_seconds: float,
+        steps: int = 0,
+        width: int = 0,
+        draft_seconds: float = 0.0,
+    ) -> None:
+        """A round: its seconds without drafting, and those of its drafting (0 steps: not timed).
 
-    def observe_draft(self, steps: int, context: int, width: int, seconds: float) -> None:
-        """The drafting of a round."""
-        if self.learns and steps > 0:
-            self._own_curve(f"draft {width}", context, default=seconds / steps).add(steps, seconds / steps)
+        What makes rounds of every kind slower for a while is no one's cost: it is divided out as the machine's pace.
+        """
+        if not self.learns or verify_seconds <= 0:
+            return
+        curve = self._own_curve("verify", context)
+        self._pace.add(min(max(verify_seconds / curve(rows), 1 / MOST_PACE), MOST_PACE), PACE_MEMORY)
+        curve.add(rows, verify_seconds / self._pace.value)
+        if steps and draft_seconds > 0:
+            step = draft_seconds / self._pace.value / steps
+            self._own_curve(f"draft {width}", context, default=step).add(steps, step)
 
     def sweep(
         self, run: Callable[[int], float], rows: Sequence[int], budget: float, draft_share: float | None = None
     ) -> None:
-        """The first shape: seconds of bare passes.
+        """The first shape: the least seconds of a few bare passes, never less for more rows.
 
         Args:
             run: runs one pass of so many rows, returns its seconds. rows: wanted, the most telling ones first.
-            budget: seconds; after the first two row counts, none is tried that would go beyond it.
-            draft_share: what a draft step costs at first, as a share of the cheapest pass; None = nothing.
+            budget: seconds; beyond two row counts, no pass is begun that would go beyond it.
+            draft_share: what a draft step costs at first, as a share of a pass of one row; None = nothing.
         """
         spent = run(rows[0])  # the first pass of all pays for what later ones find ready
         shape: dict[int, float] = {}
-        for count in rows:
-            slowest = max(shape.values(), default=0.0)
-            if len(shape) >= 2 and spent + slowest * count / max(shape) > budget:
-                continue
-            shape[count] = run(count)
-            spent += shape[count]
+        for count in [*rows] * SWEEPS:
+            if len(shape) >= 2:
+                largest = max(shape)
+                expected = shape.get(count, shape[largest] * max(1.0, count / largest))
+                if spent + expected > budget:
+                    continue
+            seconds = run(count)
+            spent += seconds
+            shape[count] = min(seconds, shape.get(count, seconds))
+        shape = {count: min(shape[more] for more in shape if more >= count) for count in shape}
         self._curves = {("verify", 0): Curve(shape)}
-        self._draft_step = None if draft_share is None else draft_share * min(shape.values())
+        self._draft_step = None if draft_share is None else draft_share * shape[min(shape)]
 
     def _curve(self, kind: str, context: int) -> Curve | None:
         """That of the context's range, else of the nearest range below, else above."""

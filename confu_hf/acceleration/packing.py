@@ -1,4 +1,5 @@
-"""Linear layers whose weights are laid out once for oneDNN, for the few rows of a verify pass on the CPU.
+"""Linear layers whose weights are laid out once, for the few rows of a verify pass on the CPU: for oneDNN, or for the
+products that `compile()` builds (products.py).
 
 `F.linear` lays a weight out anew in every call, which for a few rows costs as much as the product itself. The packed
 copies take as much memory as the weights. Off the CPU, or without oneDNN, nothing is packed and nothing changes.
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..compat import has_bfloat16_kernels
+from .products import Products
 
 # Below this size the call costs more than packing saves.
 MIN_ELEMENTS = 2**16
@@ -32,12 +34,14 @@ MEASURED_LAYERS, MEASURED_TIMES = 8, 3
 
 @dataclass(frozen=True)
 class _Packed:
-    """A module, the packed copy of its weight, and what the weight was like when it was packed."""
+    """A module, the packed copy of its weight, what the weight was like when it was packed, and, if compiled products
+    multiply with that copy, these; else oneDNN does."""
 
     module: nn.Linear
     weight: Tensor
     state: tuple[int, int | None]
     checksum: Tensor
+    products: Products | None = None
 
 
 class PackedLinears:
@@ -53,6 +57,7 @@ class PackedLinears:
         max_rows: calls with more rows than this use `F.linear`.
         min_elements: weights with fewer elements are not packed.
         dtype: multiply in this dtype; inputs and outputs are converted. None = that of each weight.
+        products: multiply with these where weights and `dtype` are float32; None = with oneDNN.
 
     Example:
         packed = PackedLinears(target)
@@ -66,8 +71,9 @@ class PackedLinears:
         max_rows: int = MAX_ROWS,
         min_elements: int = MIN_ELEMENTS,
         dtype: torch.dtype | None = None,
+        products: Products | None = None,
     ) -> None:
-        self.max_rows = max_rows
+        self.max_rows, self.products = max_rows, products
         self._packed: list[_Packed] = []
         by_address: dict[int, Tensor] = {}
         linears = {id(child): child for module in modules for child in module.modules() if _packable(child)}
@@ -75,13 +81,15 @@ class PackedLinears:
             weight = linear.weight.detach()
             if weight.numel() < min_elements:
                 continue
+            used = products if weight.dtype == torch.float32 and dtype in (None, torch.float32) else None
             packed = by_address.get(weight.data_ptr())
             if packed is None:
-                packed = by_address[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(
-                    weight.to(dtype or weight.dtype)
-                )
-            self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight)))
-        shapes = {tuple(packed.module.weight.shape) for packed in self._packed}
+                wanted = weight.to(dtype or weight.dtype)
+                packed = torch.ops.mkldnn._reorder_linear_weight(wanted) if used is None else used.pack(weight)
+                by_address[weight.data_ptr()] = packed
+            self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight), used))
+        # Compiled products take any number of rows as it is.
+        shapes = {tuple(packed.module.weight.shape) for packed in self._packed if packed.products is None}
         self.few_rows = {shape: {rows: self._cheapest_way(shape, rows) for rows in MEASURED_ROWS} for shape in shapes}
 
     @torch.no_grad()
@@ -103,6 +111,11 @@ class PackedLinears:
                 seconds[way] = min(seconds[way], time.perf_counter() - start)
         return min(ways, key=seconds.get)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled products compute any of the layers."""
+        return any(packed.products is not None for packed in self._packed)
+
     def __len__(self) -> int:
         return len(self._packed)
 
@@ -123,7 +136,9 @@ class PackedLinears:
         """Within it the layers compute with their packed weights. Not for one model used by several threads."""
         used = [packed.module for packed in self._packed if "forward" not in packed.module.__dict__]
         forwards = {
-            id(packed.module): _forward(packed, self.max_rows, self.few_rows[tuple(packed.module.weight.shape)])
+            id(packed.module): _forward(
+                packed, self.max_rows, self.few_rows.get(tuple(packed.module.weight.shape), {})
+            )
             for packed in self._packed
         }
         try:
@@ -168,10 +183,9 @@ def _checksum(weight: Tensor) -> Tensor:
 def _forward(packed: _Packed, max_rows: int, few_rows: Mapping[int, int]) -> Callable[[Tensor], Tensor]:
     """The layer's computation. More than `max_rows` rows use `F.linear`; by `few_rows`, a number of rows is filled up to
     another with zeros, or uses `F.linear` if that is 0."""
-    linear, weight = packed.module, packed.weight
+    linear = packed.module
     dtype, features = linear.weight.dtype, linear.in_features
-    bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
-    product = torch.ops.mkldnn._linear_pointwise
+    product = _onednn_product(packed) if packed.products is None else _compiled_product(packed)
 
     def forward(input: Tensor) -> Tensor:
         rows = input.numel() // features
@@ -186,10 +200,31 @@ def _forward(packed: _Packed, max_rows: int, few_rows: Mapping[int, int]) -> Cal
         ):
             return F.linear(input, linear.weight, linear.bias)
         if filled == rows:
-            return product(input.to(weight.dtype), weight, bias, "none", [], "").to(dtype)
-        padded = F.pad(input.reshape(rows, features).to(weight.dtype), (0, 0, 0, filled - rows))
-        output = product(padded, weight, bias, "none", [], "")[:rows].to(dtype)
-        return output.view(*input.shape[:-1], -1)
+            return product(input)
+        padded = F.pad(input.reshape(rows, features), (0, 0, 0, filled - rows))
+        return product(padded)[:rows].view(*input.shape[:-1], -1)
+
+    return forward
+
+
+def _onednn_product(packed: _Packed) -> Callable[[Tensor], Tensor]:
+    linear, weight = packed.module, packed.weight
+    bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
+    product = torch.ops.mkldnn._linear_pointwise
+
+    def forward(input: Tensor) -> Tensor:
+        return product(input.to(weight.dtype), weight, bias, "none", [], "").to(input.dtype)
+
+    return forward
+
+
+def _compiled_product(packed: _Packed) -> Callable[[Tensor], Tensor]:
+    linear, panels, products = packed.module, packed.weight, packed.products
+    bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(input: Tensor) -> Tensor:
+        output = products(input, panels, linear.out_features)
+        return output if bias is None else output.add_(bias)
 
     return forward
 
@@ -202,14 +237,19 @@ _packed: weakref.WeakKeyDictionary[PreTrainedModel, PackedLinears] = weakref.Wea
 
 
 def packed_linears(
-    model: PreTrainedModel, wanted: bool | None, dtype: torch.dtype | None = None
-) -> AbstractContextManager:
-    """Within it, `model` computes with packed weights, in `dtype`; see `TreeOptions.pack_weights`."""
+    model: PreTrainedModel,
+    wanted: bool | None,
+    dtype: torch.dtype | None = None,
+    products: Products | None = None,
+) -> AbstractContextManager[PackedLinears | None]:
+    """Within it, `model` computes with packed weights, in `dtype`; see `TreeOptions.pack_weights`. `products`: see
+    [`PackedLinears`]."""
     if wanted is None:
         wanted = model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES
     if not wanted:
         return nullcontext()
     packed = _packed.get(model)
-    if packed is None or packed.is_stale():
-        packed = _packed[model] = PackedLinears(model, dtype=dtype)
+    if packed is None or packed.products is not products or packed.is_stale():
+        _packed.pop(model, None)  # before the new one: one copy at a time
+        packed = _packed[model] = PackedLinears(model, dtype=dtype, products=products)
     return packed.active()

@@ -16,8 +16,10 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .. import compat
+from ..acceleration.products import Products, build_products
 from ..adapter.attachment import Attachment, LooseAdapter, attach_adapter, base_model
 from ..adapter.config import ConFuAdapterConfig
 from ..adapter.tuner import on_injection
@@ -38,6 +40,7 @@ from .checks import check_adapter, check_pair, confu_layer
 from .policies import DecidesRounds
 from .routing import release, route, serve
 
+logger = logging.get_logger(__name__)
 ADAPTER_FIELDS = (
     "num_virtual_tokens",
     "soft_prompt_type",
@@ -70,6 +73,7 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
         self._attachment: Attachment | None = None
         self._adapter: LooseAdapter | None = None
         self._stats: GenerationStats | None = None
+        self.products: Products | None = None  # what compile() built
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -182,10 +186,28 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
         serve(target, self)
         return self
 
+    def compile(self, enabled: bool = True) -> ConFuAssistant:
+        """From now on, target and draft multiply on the CPU with products built for this processor.
+
+        Takes a second or two, once: the result stays in the user's cache folder. Results change by rounding only. It
+        serves float32 weights; others compute as before, and `stats.not_compiled_because` says why. Undone by
+        `compile(False)` or [`detach`].
+
+        Raises:
+            ValueError: if there is no C++ compiler, or the processor is none with AVX2.
+        """
+        self.products = None
+        if enabled:
+            self.products = build_products()
+            how = f"built in {self.products.seconds:.1f} s" if self.products.seconds else "built before"
+            logger.warning_once(f"Compiled products: {self.products.path}, {how}.")
+        return self
+
     def detach(self) -> PreTrainedModel | None:
         """Give the target back as it was before [`attach`], and return it. The adapter stays with the assistant."""
         attachment, target = self._attachment, self.target
         self._adapter, self._attachment = self._loose_adapter(), None
+        self.products = None
         if target is None:
             return None
         attachment.undo()
@@ -278,4 +300,5 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
         """Copies and pickles are detached: they carry the adapter, not the target."""
         state = self.__dict__.copy()
         state["_adapter"], state["_attachment"] = self._loose_adapter(), None
+        state["products"] = None
         return state

@@ -33,6 +33,7 @@ class Acceptance:
         finished: whether a stopping criterion fired on the last emitted token; `path` then ends at the node it follows.
         scores: of each row, one (1, V) float32 per emitted token, after the processors; empty unless recorded.
         raw_logits: the same before the processors.
+        nodes: `path` on the host, without the padding.
 
     With path 0 1 4, node tokens 7 (root), 8 (node 1), 9 (node 4), and 5 drawn at node 4: tokens = 8 9 5.
     """
@@ -43,6 +44,7 @@ class Acceptance:
     finished: tuple[bool, ...]
     scores: tuple[tuple[Tensor, ...], ...] = ()
     raw_logits: tuple[tuple[Tensor, ...], ...] = ()
+    nodes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def counts_tensor(self) -> Tensor:
@@ -150,6 +152,7 @@ def _gather(walks: list[_Walk], device: torch.device) -> Acceptance:
         finished=tuple(walk.finished for walk in walks),
         scores=tuple(walk.scores for walk in walks),
         raw_logits=tuple(walk.raw_logits for walk in walks),
+        nodes=tuple(tuple(walk.path) for walk in walks),
     )
 
 

@@ -130,6 +130,7 @@ class CostPolicy:
         self.rounds = 0
         self.round: _Round | None = None
         self.fresh: tuple[bool, ...] = ()  # whether the last round left a fresh future
+        self.usual = RunningMean()  # tokens that a round emits in this text
 
     def prepare(self, bench: Bench) -> None:
         """Look the costs up, or measure them."""
@@ -294,9 +295,8 @@ class CostPolicy:
         rows = len(record.accepted) * (record.nodes + record.contemplate_tokens)
         seconds = dict(record.seconds)
         draft_seconds = seconds.pop("draft", 0.0)
-        self.costs.observe(rows, this.context, sum(seconds.values()))
-        if this.steps and not this.reads_backlog:
-            self.costs.observe_draft(this.steps, this.context, self.options.top_k, draft_seconds)
+        steps = 0 if this.reads_backlog else this.steps
+        self.costs.observe(rows, this.context, sum(seconds.values()), steps, self.options.top_k, draft_seconds)
         for forecast, path, ended in zip(record.forecasts, record.path, record.ended, strict=False):
             # Where a text ended, nobody was asked about the children of its last node.
             for node, accepted in forecast.outcomes(path) if not ended else ():
@@ -307,7 +307,8 @@ class CostPolicy:
             learns = learns and len(self.fresh) == len(record.accepted)  # rows that ended have left
             for fresh, count in zip(self.fresh, record.accepted, strict=True) if learns else ():
                 if count:
-                    self.experience.future.learn(fresh, count)
+                    self.usual.add(count)
+                    self.experience.future.learn(fresh, count - self.usual.value)
         self.fresh = record.fresh
         self.rounds += 1
         self.experience.rounds_since_plain = (

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..modeling_confu import ConFuDraftModel
-from ..target.cache import Slots, TreeCache
+from ..target.cache import TreeCache
+from ..target.slots import Slots
 from ..tree.draft_tree import DraftTree, root_only
 from ..tree.growing import grow_tree
 from .policy import RoundPlan
@@ -148,16 +149,19 @@ class NetworkDrafter(Drafter):
             self.position_ids = self.position_ids + 1
         self._run_layer(tokens, skip)
         top_k = min(top_k, self.draft.config.draft_vocab_size)
-        log_probs, children = self.draft.logits(self.hidden_states).float().log_softmax(-1).topk(top_k, dim=-1)
-        return self.token_ids[children], log_probs
+        logits = self.draft.logits(self.hidden_states).float()
+        best, children = logits.topk(top_k, dim=-1)
+        return self.token_ids[children], best - logits.logsumexp(-1, keepdim=True)
 
     def _start(self) -> Tensor | None:
         """Read the waiting rows, get the start row ready; returns what the future token adds to its residual stream."""
         rows = self.waiting.newest_last()
-        self.waiting = Rows(rows.tokens[:, -1:], rows.features[:, -1:], rows.position_ids[:, -1:])
+        newest = (rows.tokens[:, -1:], rows.features[:, -1:], rows.position_ids[:, -1:])
+        self.waiting = Rows(*newest, is_whole=rows.is_whole)
         hidden_states = self.draft.fuse(rows.features.to(device=self.draft.device, dtype=self.draft.dtype))
         if rows.tokens.shape[1] > 1:
-            self._write_verified(rows.tokens[:, :-1], hidden_states[:, :-1], rows.position_ids[:, :-1])
+            older = (rows.tokens[:, :-1], hidden_states[:, :-1], rows.position_ids[:, :-1])
+            self._write_verified(*older, is_whole=rows.is_whole)
         self.hidden_states, self.position_ids = hidden_states[:, -1:], rows.position_ids[:, -1:]
         self.ancestors = torch.ones(len(rows.tokens), 1, 1, dtype=torch.bool, device=rows.tokens.device)
         self.future_known = None
@@ -166,16 +170,18 @@ class NetworkDrafter(Drafter):
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens).to(device=self.draft.device, dtype=self.draft.dtype)
 
-    def _write_verified(self, tokens: Tensor, hidden_states: Tensor, position_ids: Tensor) -> None:
+    def _write_verified(self, tokens: Tensor, hidden_states: Tensor, position_ids: Tensor, is_whole: bool) -> None:
         """Commit rows, `(B, R)` of them, those without a position left out."""
-        real = position_ids >= 0
         slots = self.cache.slots_behind(tokens.shape[1], batch_size=len(tokens))
-        if not bool(real.all()):
+        counts = [tokens.shape[1]] * len(tokens)
+        if not is_whole:
+            real = position_ids >= 0
+            counts = real.sum(1).tolist()
             places = slots.index[:, :1].to(real.device) + real.long().cumsum(1) - 1
             slots = Slots(torch.where(real, places, -1), None, slots.visible)
         with self.cache.writing(slots):
             self.draft.write_rows(self._embed(tokens), hidden_states, position_ids.clamp(min=0), self.cache)
-        self.cache.commit(real.sum(1).tolist())
+        self.cache.commit(counts)
 
     def _write_future(self, rows: Rows) -> Tensor:
         """Write the future token behind the committed rows; returns `(B, 1, d)` for the start row's residual stream."""

@@ -68,17 +68,17 @@ class Calibration:
 class FutureValue:
     """Tokens that a round gains if the round before left a future of its last accepted node itself.
 
-    The difference between the mean accepted lengths after rounds that did and that did not, drawn towards
-    `FUTURE_PRIOR` as `FUTURE_ROUNDS` rounds would: single rounds scatter by a token, the value is a few hundredths.
+    The difference between the mean accepted lengths after rounds that did and that did not, each counted from what is
+    usual in its text, drawn towards `FUTURE_PRIOR` as `FUTURE_ROUNDS` rounds would: single rounds scatter by a token, the value is a few hundredths.
     Walks that end where an end was likely are not chosen by lot, so this is an indication, not a measurement.
     """
 
     def __init__(self) -> None:
         self._means = {True: RunningMean(), False: RunningMean()}
 
-    def learn(self, fresh: bool, accepted: int) -> None:
-        """A round that drafted: whether it had a fresh future, and the tokens it emitted."""
-        self._means[fresh].add(accepted, memory=int(FUTURE_ROUNDS))
+    def learn(self, fresh: bool, more: float) -> None:
+        """A round that drafted: whether it had a fresh future, and the tokens it emitted beyond the usual number."""
+        self._means[fresh].add(more, memory=int(FUTURE_ROUNDS))
 
     @property
     def tokens(self) -> float:

@@ -6,6 +6,8 @@ before, is assistant/routing.py's.
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -13,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ..acceleration.decoding import accelerated
+from ..acceleration.products import Products
 from ..compat import decoder_only_output, pad_token
 from ..target.cache import TreeCache
 from ..target.exchange import export_cache, import_cache
@@ -101,7 +104,7 @@ class Decoder:
         position_ids = self.cache.slot_position_ids[:, past:].clone()
         position_ids[:, -1:] = places - 1  # the draft starts there, even from a masked token
         tokens = torch.cat([input_ids[:, past + 1 :], acceptance.tokens], dim=1)
-        self.drafter.observe(state, Rows(tokens, prefilled.features, position_ids))
+        self.drafter.observe(state, Rows(tokens, prefilled.features, position_ids, is_whole=needed is None))
         return self._end_rows(state), acceptance
 
     def round(self, state: DecodingState) -> tuple[DecodingState, Acceptance]:
@@ -128,7 +131,7 @@ class Decoder:
     def _record(self, chosen: Chosen, layout: VerifyLayout, acceptance: Acceptance) -> RoundRecord:
         seconds = self.stopwatch.read()
         # From here on a GPU has nothing left to do, and reading from it waits for nothing.
-        path = tuple(tuple(node for node in row if node >= 0) for row in acceptance.path.tolist())
+        path = acceptance.nodes
         contemplated = layout.contemplate_nodes.tolist()
         return RoundRecord(
             accepted=acceptance.counts,
@@ -153,6 +156,7 @@ class Decoder:
             lengths=self.cache.lengths,
             root_places=self.cache.next_positions(),
             position_offset=state.position_offset,
+            has_gaps=self.cache.has_gaps,
         )
 
     def _verify(self, layout: VerifyLayout, state: DecodingState) -> Verified:
@@ -172,12 +176,14 @@ class Decoder:
             1, path.clamp(min=0)[..., None].expand(-1, -1, verified.features.shape[-1])
         )
         position_ids = torch.where(path >= 0, layout.places[:, :1] + torch.arange(path.shape[1]).to(path), -1)
-        self.cache.keep_path(path, acceptance.counts)
+        self.cache.keep_path(path, acceptance.counts, acceptance.nodes)
         future, known = None, None
         if self.contemplator is not None:
             future, known = self.contemplator.future(tree, layout.contemplate_nodes, verified, acceptance)
         state = state.advance(acceptance, features)
-        self.drafter.observe(state, Rows(acceptance.tokens.clamp(min=0), features, position_ids, future, known))
+        whole = len(set(acceptance.counts)) == 1
+        tokens = acceptance.tokens.clamp(min=0)
+        self.drafter.observe(state, Rows(tokens, features, position_ids, future, known, is_whole=whole))
         return state
 
     def _end_rows(self, state: DecodingState) -> DecodingState:
@@ -255,21 +261,22 @@ def confu_generate(
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
     pack_weights: bool | None = None,
+    products: Products | None = None,
 ) -> tuple[GenerateDecoderOnlyOutput | Tensor, GenerationStats]:
     """Generate with draft trees; the text is that of plain decoding with the same arguments.
 
     Args:
         input_ids: `(B, n)` long. attention_mask: `(B, n)`, 0 = padding. cache: one that holds a prefix of `input_ids`;
             it is extended in place.
-        pack_weights: see `TreeOptions`.
+        pack_weights: see `TreeOptions`. products: what `compile()` built, if it did.
 
     Returns:
         What `generate()` returns, and the statistics of the call.
     """
     decoder.drafter.recall(cache, input_ids)
     state, acceptance = decoder.start(input_ids, attention_mask, cache)
-    with accelerated(decoder.target, decoder.drafter.network, pack_weights):
-        execution = f"pack_weights={pack_weights}"
+    with accelerated(decoder.target, decoder.drafter.network, pack_weights, products) as acceleration:
+        execution = f"pack_weights={pack_weights}, compiled={acceleration.compiled}"
         decoder.policy.prepare(Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution))
         while True:
             if streamer is not None:
@@ -283,7 +290,8 @@ def confu_generate(
     if streamer is not None:
         streamer.end()
     sequences = decoder.batch.sequences(state)
-    stats = decoder.tally.stats(sum(map(len, decoder.batch.written(state))) - input_ids.numel())
+    new_tokens = sum(map(len, decoder.batch.written(state))) - input_ids.numel()
+    stats = replace(decoder.tally.stats(new_tokens), **asdict(acceleration))
     if decoder.returns_cache:
         decoder.drafter.remember(decoder.close_cache(cache), sequences)
     if not generation_config.return_dict_in_generate:

@@ -24,6 +24,7 @@ class Rows:
             no row there.
         future: `(B, 3 d)`, `f_v` of the newest row; None if there is none. future_known: `(B,)` bool, whether this
             batch row has one; None = all.
+        is_whole: known to the host: no row is missing.
     """
 
     tokens: Tensor
@@ -31,12 +32,14 @@ class Rows:
     position_ids: Tensor
     future: Tensor | None = None
     future_known: Tensor | None = None
+    is_whole: bool = False
 
     def followed_by(self, newer: Rows) -> Rows:
         """These rows and newer ones, with the newer ones' future."""
         names = ("tokens", "features", "position_ids")
         joined = {name: torch.cat([getattr(self, name), getattr(newer, name)], dim=1) for name in names}
-        return Rows(**joined, future=newer.future, future_known=newer.future_known)
+        whole = self.is_whole and newer.is_whole
+        return Rows(**joined, future=newer.future, future_known=newer.future_known, is_whole=whole)
 
     def select(self, rows: Sequence[int]) -> Rows:
         """Those of some batch rows."""
@@ -44,16 +47,16 @@ class Rows:
         tensors = {
             name: getattr(self, name) for name in ("tokens", "features", "position_ids", "future", "future_known")
         }
-        return Rows(**{name: t if t is None else t[index.to(t.device)] for name, t in tensors.items()})
+        tensors = {name: t if t is None else t[index.to(t.device)] for name, t in tensors.items()}
+        return Rows(**tensors, is_whole=self.is_whole)
 
     def newest_last(self) -> Rows:
         """The same rows, moved to the right where there are gaps."""
+        if self.is_whole:
+            return self
         real = self.position_ids >= 0
         width = int(real.sum(1).max())
-        if bool(real[:, -width:].all()):
-            order = torch.arange(real.shape[1] - width, real.shape[1], device=real.device).expand(len(real), -1)
-        else:
-            order = real.long().argsort(dim=1, stable=True)[:, -width:]
+        order = real.long().argsort(dim=1, stable=True)[:, -width:]
         features = self.features.gather(1, order[..., None].expand(-1, -1, self.features.shape[-1]))
         tokens, position_ids = (states.gather(1, order) for states in (self.tokens, self.position_ids))
         return Rows(tokens, features, position_ids, self.future, self.future_known)

@@ -70,6 +70,7 @@ class GenerationStats:
         contemplate_tokens: contemplate tokens that went through the target.
         seconds_draft, seconds_verify, seconds_rest: wall time (the rest: prefill, acceptance, caches).
         reliability: how often drafted nodes were accepted, beside how often they were expected to be.
+        compiled: whether the target computed with what `confu.compile()` built; if not, `not_compiled_because` says why.
         records: one per round.
     """
 
@@ -83,6 +84,8 @@ class GenerationStats:
     seconds_verify: float
     seconds_rest: float
     reliability: tuple[ReliabilityBin, ...] = ()
+    compiled: bool = False
+    not_compiled_because: str | None = None
     records: tuple[RoundRecord, ...] = field(default=(), repr=False)
 
 

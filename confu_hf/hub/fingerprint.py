@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import compat
@@ -28,12 +29,12 @@ COMPARABLE = (torch.float64, torch.float32, torch.bfloat16)
 def target_fingerprint(target: nn.Module) -> str | None:
     """sha256 over some numbers of every weight, rounded to bfloat16: the same however the checkpoint was loaded.
 
-    Adapters on the model do not count. None for weights that say nothing of the checkpoint's: quantized, in float16, or
-    not in memory.
+    Adapters on the model do not count. None for weights that say nothing of the checkpoint's: quantized, in float16, not
+    in memory, or in shards over several processes.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(_base_weights(target).items()):
-        if weight.is_meta or weight.dtype not in COMPARABLE:
+        if weight.is_meta or isinstance(weight, DTensor) or weight.dtype not in COMPARABLE:
             return None
         numbers = weight.detach().reshape(-1)
         numbers = numbers[:: max(1, len(numbers) // SAMPLES)][:SAMPLES].to("cpu", torch.bfloat16)

@@ -95,6 +95,13 @@ def read_pair(
                 expected=f"{ConFuConfig.model_type!r}, or an EAGLE-3 draft of SafeAILab, SpecForge, speculators or ModelOpt",
                 fix="Pass a ConFu pair or such a draft.",
             )
+        if config is not None:
+            raise refusal(
+                f"The EAGLE-3 checkpoint {path}",
+                got="a config beside it",
+                expected="its own, which says how it is to be read",
+                fix="Pass single fields by keyword instead.",
+            )
         weights = read_weights(path, hub, allow_pickle=allow_pickle)
         return _read_foreign(path, saved, weights, target, kwargs)
     config, arguments = _read_config(path, config, saved, hub, kwargs)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,23 +21,7 @@ from transformers import Cache
 
 from ..compat import CacheLayerMixin
 from ..errors import refusal
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Where a pass of `W` rows writes.
-
-    Attributes:
-        index: `(B, W)` long, the slot of every row.
-        start: the first slot, where all batch rows write to `start .. start + W - 1`; None = they differ.
-        visible: the pass sees the slots `0 .. visible - 1`.
-        soft_prompts: it sees the soft prompts as well, in front.
-    """
-
-    index: Tensor
-    start: int | None
-    visible: int
-    soft_prompts: bool = True
+from .slots import Slots
 
 
 class TreeLayer(CacheLayerMixin):
@@ -251,6 +234,7 @@ class TreeCache(Cache):
         slot_position_ids: `(B, slots)` long, the place of each committed slot in its row, counted from the first token
             that is not padding; -1 = empty, or masked. None until [`set_mask`] says what the first ones are;
             [`keep_path`] goes on from there.
+        has_gaps: whether one of the first slots is empty or masked.
 
     Args:
         num_layers: layers of the model.
@@ -268,6 +252,7 @@ class TreeCache(Cache):
         self._slots: Slots | None = None
         self._written = 0  # rows of the pass that keep_path() would choose from
         self.slot_position_ids: Tensor | None = None
+        self.has_gaps = True
         self._padding: Tensor | None = None
         self.set_soft_prompts(soft_prompts)
 
@@ -345,20 +330,23 @@ class TreeCache(Cache):
         self.slot_position_ids = torch.where(inside, self.slot_position_ids[:, : len(slots)], -1)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """Keys, values and (none here) window of every layer, as of a DynamicCache."""
         return ((layer.keys, layer.values, None) for layer in self.layers)
 
     def set_mask(self, attention_mask: Tensor) -> None:
         """Say which committed slots are real tokens, `(B, length)`, 0 = padding or masked."""
         real = attention_mask.bool()
+        self.has_gaps = not bool(real.all())
         slots = torch.arange(real.shape[1], device=real.device)
         self._padding = (real.long().cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1), on the left
         self.slot_position_ids = torch.where(real, slots - self._padding, -1)
 
-    def keep_path(self, path: Tensor, counts: Sequence[int]) -> None:
+    def keep_path(self, path: Tensor, counts: Sequence[int], nodes: Sequence[Sequence[int]] | None = None) -> None:
         """Commit some rows of the pass that was just written behind the committed ones, and drop the others.
 
         Args:
             path: `(B, P)` long, rows of that pass, ascending, padded with -1 on the right. counts: how many each has.
+            nodes: the same rows without the padding, where the host has them: then nothing is read back from a GPU.
 
         Example: committed `[a b]`, pass `[r x y z]`, path `[[0, 2]]` -> committed `[a b r y]`; only `y` was moved.
         """
@@ -372,8 +360,9 @@ class TreeCache(Cache):
         self._written = 0
         lengths = torch.tensor(self.lengths, device=path.device)[:, None]
         steps = torch.arange(path.shape[1], device=path.device)
-        moved = ((path >= 0) & (path != steps)).any(0).tolist()
-        first = moved.index(True) if True in moved else len(moved)
+        nodes = [[row for row in rows if row >= 0] for rows in path.tolist()] if nodes is None else nodes
+        moved = [step for rows in nodes for step, row in enumerate(rows) if row != step]
+        first = min(moved, default=path.shape[1])
         if first < path.shape[1]:  # the rows before already are where they belong
             kept = path[:, first:]
             target = torch.where(kept >= 0, lengths + steps[first:], -1)

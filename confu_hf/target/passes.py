@@ -111,7 +111,7 @@ def verify(
         embeds = torch.cat([embeds, contemplate], dim=1)  # (B, Q, d)
     config = model.config.get_text_config(decoder=True)
     mask = None
-    if embeds.shape[1] > 1 or not bool(layout.mask.all()):
+    if not layout.sees_all:
         mask = model_mask(config, layout.mask, layout.places, layout.key_places, embeds.dtype)
     # Without one the root alone is a plain decoding step, which models do without copies of keys and values.
     # The whole ...ForCausalLM, not its parts: soft-capping, logit scaling and adapters stay where they are.

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..adapter.config import ConFuAdapterConfig
 from ..configuration_confu import ConFuConfig
 from ..errors import refusal
+from ..hub.fingerprint import remember_target
 from ..hub.pair import read_pair
 from ..modeling_confu import ConFuDraftModel
 from ..target.geometry import attention_geometry
@@ -95,6 +96,7 @@ def fresh_draft(
         always: token ids that the draft's vocabulary has in any case (end tokens).
     """
     config = shape.config(target, contemplate=contemplate)
+    remember_target(config, target)
     draft = draft_class(config)
     token_ids, coverage = frequent_tokens(rows, config.vocab_size, config.draft_vocab_size, always=always)
     draft.set_draft_vocabulary(token_ids)

@@ -47,6 +47,7 @@ class VerifyLayout:
         key_places: (B, S+K) long; -1 for soft prompts and for empty slots.
         mask: (B, Q, S+K) bool, True = may attend.
         soft_prompt_length: S.
+        sees_all: known to the host: the one row of this pass sees every slot, so that it needs no mask.
     """
 
     tokens: Tensor
@@ -56,6 +57,7 @@ class VerifyLayout:
     key_places: Tensor
     mask: Tensor
     soft_prompt_length: int
+    sees_all: bool = False
 
 
 def verify_layout(
@@ -67,6 +69,7 @@ def verify_layout(
     lengths: Sequence[int] | None = None,
     root_places: Tensor | None = None,
     position_offset: Tensor | int = 0,
+    has_gaps: bool = True,
 ) -> VerifyLayout:
     """Positions and attention mask of one verify pass; [`VerifyLayout`] draws it.
 
@@ -78,6 +81,7 @@ def verify_layout(
         lengths: committed slots of each batch row; None = C for all.
         root_places: (B, 1) long; None = the place after the greatest committed one (0 if there is none).
         position_offset: (B, 1) long or 0, what position ids differ by from places.
+        has_gaps: whether a committed slot may be empty or padding.
 
     Raises:
         ValueError: if the batch sizes differ or S is negative.
@@ -114,6 +118,7 @@ def verify_layout(
         key_places=torch.cat([no_slot.expand(-1, soft_prompt_length), slots.scatter(1, rows, places)], dim=1),
         mask=torch.cat([prompts, mask], dim=2),
         soft_prompt_length=soft_prompt_length,
+        sees_all=width == 1 and len(set(lengths)) == 1 and not has_gaps,
     )
 
 

@@ -1,0 +1,114 @@
+"""Products of a few rows with a large matrix, in C++ made for this processor (`products.cpp`): what `compile()` builds.
+
+Built once by the C++ compiler at hand, in about a second, and kept in the user's cache folder under a name that source,
+flags and compiler decide. Which layers compute with it is packing.py's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import refusal
+
+SOURCE = Path(__file__).with_name("products.cpp")
+# By what torch finds the processor capable of. Contracted sums, but nothing that would change the treatment of NaN or of
+# very small numbers.
+FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
+
+
+class Products:
+    """The loaded library. `path` is where it lies, `seconds` what building it took: 0 if it was there already."""
+
+    def __init__(self, path: Path, seconds: float):
+        self.path, self.seconds = path, seconds
+
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(self.path))
+        library.panel_columns.restype = ctypes.c_int64
+        library.product.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+        library.product.restype = None
+        return library
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """`(n, k)` float32 of a linear layer -> panels `(ceil(n / columns), k, columns)`."""
+        columns = self._library.panel_columns()
+        filled = F.pad(weight, (0, 0, 0, -weight.shape[0] % columns))
+        return filled.unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
+
+    def __call__(self, input: Tensor, panels: Tensor, features: int) -> Tensor:
+        """`(..., k)` float32 times a packed weight -> `(..., features)`."""
+        input = input.contiguous()
+        width = input.shape[-1]
+        output = input.new_empty(*input.shape[:-1], features)
+        rows = input.numel() // width
+        pointers = (input.data_ptr(), panels.data_ptr(), output.data_ptr())
+        self._library.product(*pointers, rows, width, features, torch.get_num_threads())
+        return output
+
+
+def build_products(capability: str | None = None, folder: Path | None = None) -> Products:
+    """The library for this processor, built if it was not yet.
+
+    Args:
+        capability: a key of `FLAGS`; None = this processor's.
+        folder: where it is kept; None = `confu_hf/compiled` in the user's cache folder.
+
+    Raises:
+        ValueError: if the processor is of another kind, or there is no compiler, or it fails.
+    """
+    capability = torch.backends.cpu.get_cpu_capability() if capability is None else capability
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    on_linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    if capability not in FLAGS or compiler is None or not on_linux:
+        raise refusal(
+            "compile()",
+            got=f"{platform.system()} on {platform.machine()} ({capability}), C++ compiler: {compiler}",
+            expected="Linux on a processor with AVX2 or AVX-512, and g++ or clang++",
+            fix="Install a compiler (apt install g++), or go on without compile(): everything works, only slower.",
+        )
+    flags = (*COMMON_FLAGS, *FLAGS[capability])
+    key = hashlib.sha256(repr((SOURCE.read_text(), compiler, flags)).encode()).hexdigest()[:16]
+    path = (folder or cache_folder()) / f"products-{capability.lower()}-{key}.so"
+    start = time.perf_counter()
+    if path.exists():
+        return Products(path, 0.0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place and then renamed: an interrupted build leaves nothing half-written behind.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        built = Path(scratch) / path.name
+        command = [compiler, *flags, str(SOURCE), "-o", str(built)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise refusal(
+                "compile()",
+                got=f"from {' '.join(command)}: {result.stderr.strip()[-400:]}",
+                expected="a compiler that builds it",
+                fix="Name another one in the environment variable CXX, or go on without compile().",
+            )
+        built.replace(path)
+    return Products(path, time.perf_counter() - start)
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept; delete it to have them built again."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "confu_hf" / "compiled"
