@@ -118,9 +118,13 @@ def layer_states(output: Any, layer_ids: Sequence[int]) -> list[Tensor]:
     return [output.hidden_states[layer_id - shift] for layer_id in layer_ids]
 
 
+# In front of the name of the implementation that one of ours stands in for.
+OWN_ATTENTION = "confu_grouped_"
+
+
 def attention_implementation(config: PreTrainedConfig) -> str:
-    """`sdpa`, `eager`, ..."""
-    return config._attn_implementation
+    """`sdpa`, `eager`, ...: what the user chose, also while a call in another thread attends in its own way."""
+    return config._attn_implementation.removeprefix(OWN_ATTENTION)
 
 
 def pad_token(generation_config: Any) -> int | None:
