@@ -1,7 +1,11 @@
-.PHONY: test quality style compatibility speculators-check serve-check
+.PHONY: test fuzz quality style compatibility speculators-check serve-check
 
 test:
 	python -m pytest
+
+# Random calls of `generate` against plain decoding; a failing case is printed, and tried first in the next run.
+fuzz:
+	CONFU_FUZZ_CASES=$${CONFU_FUZZ_CASES:-2000} python -m pytest -q tests/test_fuzz.py --hypothesis-show-statistics
 
 quality:
 	ruff check .

@@ -7,11 +7,12 @@ each of them and says which one is gone.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -22,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
 from transformers.utils import cached_file
 
 __all__ = [
@@ -117,9 +118,24 @@ def layer_states(output: Any, layer_ids: Sequence[int]) -> list[Tensor]:
     return [output.hidden_states[layer_id - shift] for layer_id in layer_ids]
 
 
+# In front of the name of the implementation that one of ours stands in for.
+OWN_ATTENTION = "confu_grouped_"
+
+
 def attention_implementation(config: PreTrainedConfig) -> str:
-    """`sdpa`, `eager`, ..."""
-    return config._attn_implementation
+    """`sdpa`, `eager`, ...: what the user chose, also while a call in another thread attends in its own way."""
+    return config._attn_implementation.removeprefix(OWN_ATTENTION)
+
+
+def pad_token(generation_config: Any) -> int | None:
+    """What `generate` pads rows with that have ended; None if it knows of nothing."""
+    token = getattr(generation_config, "_pad_token_tensor", None)
+    return generation_config.pad_token_id if token is None else int(token)
+
+
+def prefix_rule(processor: PrefixConstrainedLogitsProcessor) -> tuple[Callable[[int, Tensor], list[int]], int]:
+    """Which tokens it allows after the ids of a prompt's number, and how many rows belong to a prompt."""
+    return processor._prefix_allowed_tokens_fn, processor._num_beams
 
 
 def set_attention_implementation(config: PreTrainedConfig, name: str) -> None:
@@ -229,6 +245,9 @@ class GenerateSteps:
         if self.is_routed(assistant):
             taken = generation_mode_kwargs.get("routed", {})
             generation_mode_kwargs["routed"] = self.check_call(assistant, generation_config, taken)
+            # Transformers' own assisted decoding has one row, and what follows refuses more in its name.
+            generation_config, wanted = copy.copy(generation_config), generation_config
+            generation_config.num_return_sequences = min(wanted.num_return_sequences or 1, 1)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _assisted_decoding(

@@ -39,12 +39,14 @@ class TargetGeometry:
                 expected="a decoder-only Transformer",
                 fix="Use another target.",
             )
+        # Falcon's configs do not say it: with its new decoder, keys are repeated before they come into the cache.
+        multi_query = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
         return cls(
             vocab_size=text.vocab_size,
             hidden_size=text.hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or (1 if multi_query else heads),
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         )
 

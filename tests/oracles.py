@@ -35,6 +35,11 @@ class OracleDrafter(NetworkDrafter):
     def observe(self, state, rows):
         super().observe(state, rows)
         self.decided = [ids[:length].tolist() for ids, length in zip(state.input_ids, state.lengths, strict=True)]
+        self.decided = [ids[next((i for i, token in enumerate(ids) if token), 0) :] for ids in self.decided]  # padding
+
+    def select(self, rows):
+        super().select(rows)
+        self.decided = [self.decided[row] for row in rows]
 
     def step(self, tokens, parents, top_k):
         super().step(tokens, parents, top_k)

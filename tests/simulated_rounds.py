@@ -101,6 +101,7 @@ class Simulation:
                 contemplate_tokens=chosen.contemplate_tokens,
                 seconds=seconds,
                 path=(path,),
+                ended=(False,),
                 fresh=(False,),
                 forecasts=chosen.forecasts,
             )

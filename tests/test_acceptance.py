@@ -105,7 +105,7 @@ def tree_decoding(target, num_tokens, processors, do_sample, draw_tree, **option
         tree = draw_tree(ids[-1])
         options |= {"processors": processors, "do_sample": do_sample, "stopping_criteria": criteria}
         acceptance = run(tree, target.verify(tree, ids), torch.tensor([ids]), past_scores=scores, **options)
-        scores, raw_logits = scores + acceptance.scores, raw_logits + acceptance.raw_logits
+        scores, raw_logits = scores + acceptance.scores[0], raw_logits + acceptance.raw_logits[0]
         ids += acceptance.tokens[0].tolist()
         (finished,) = acceptance.finished
         rounds += 1
@@ -367,7 +367,7 @@ def test_criteria_see_the_scores_of_all_rounds():
 
 def test_nothing_is_recorded_unasked():
     acceptance = accept_chain([2], [2, 1], processors=LogitsProcessorList([Witness()]))
-    assert acceptance.scores == () and acceptance.raw_logits == ()
+    assert acceptance.scores == ((),) and acceptance.raw_logits == ((),)
 
 
 def test_a_token_drafted_twice_takes_the_earlier_node():

@@ -17,10 +17,11 @@ from tiny_models import (
 from transformers import DynamicCache, StaticCache
 
 from confu_hf.compat import cache_keyword
-from confu_hf.target.cache import Slots, TreeCache
+from confu_hf.target.cache import TreeCache
 from confu_hf.target.context import ContemplateContext
 from confu_hf.target.exchange import export_cache, import_cache
 from confu_hf.target.passes import prefill
+from confu_hf.target.slots import Slots
 
 LAYERS, HEADS, DIM, PROMPTS = 3, 2, 4, 5
 

@@ -10,6 +10,7 @@ from assisted_calls import DRAFT, PROMPT
 from refusals import refused, rewrite
 from tiny_models import tiny_llama, tiny_qwen3, tiny_target
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
 
 from confu_hf import ConFuAssistant
 from confu_hf.adapter import layer
@@ -145,10 +146,6 @@ def test_wrong_device(target, confu):
     ("arguments", "message"),
     [
         ({"num_beams": 3}, ["got num_beams=3, expected 1", "Set num_beams=1"]),
-        (
-            {"do_sample": True, "num_return_sequences": 2},
-            ["got num_return_sequences=2, expected 1", "once per sequence"],
-        ),
         ({"use_cache": False}, ["got use_cache=False, expected True", "Set use_cache=True"]),
         (
             {"cache_implementation": "static"},
@@ -169,9 +166,24 @@ def test_what_generate_is_asked(target, confu, arguments, message):
     assert generate(target, confu)().shape[1] == PROMPT.shape[1] + 6
 
 
-def test_batches(target, confu):
-    message = ["got a batch of 2 prompts, expected one prompt. Call generate once per prompt"]
-    refused(message, generate(target, confu, prompt=PROMPT.repeat(2, 1)), target)
+class _Streamer(BaseStreamer):
+    def put(self, value):
+        """Takes anything."""
+
+    def end(self):
+        """Done."""
+
+
+def test_a_streamer_with_a_batch(target, confu):
+    message = ["got a streamer with a batch of 2, expected one prompt, whose tokens come in order. Leave out"]
+    refused(message, generate(target, confu, prompt=PROMPT.repeat(2, 1), streamer=_Streamer()), target)
+
+
+def test_a_cache_of_another_batch_size(target, confu):
+    cache = DynamicCache(config=target.config)
+    target(PROMPT[:, :4], **cache_keyword(target, cache))
+    message = ["got a cache of 1 rows with a batch of 2, expected as many. Repeat the cache"]
+    refused(message, generate(target, confu, prompt=PROMPT.repeat(2, 1), **cache_keyword(target, cache)), target)
 
 
 def test_static_cache(target, confu):

@@ -29,15 +29,19 @@ _COMMON = {
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 
 
-def tiny_target(model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> PreTrainedModel:
-    """A frozen random model in eval mode; `config` overrides fields of its configuration and the implementations."""
+def tiny_target(
+    model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, without: tuple[str, ...] = (), **config
+) -> PreTrainedModel:
+    """A frozen random model in eval mode; `config` overrides fields of its configuration and the implementations,
+    `without` names common fields that it does not know."""
     implementation = {
         key: config.pop(key) for key in ("attn_implementation", "experts_implementation") if key in config
     }
+    fields = {name: value for name, value in {**_COMMON, **config}.items() if name not in without}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[model_type](**{**_COMMON, **config}), **{"attn_implementation": "sdpa", **implementation}
+            CONFIG_MAPPING[model_type](**fields), **{"attn_implementation": "sdpa", **implementation}
         )
         # Norm weights and biases start as constants; make every parameter matter.
         for parameter in model.parameters():

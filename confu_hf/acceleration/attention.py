@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .. import compat
+from .shared import holding
 
-GROUPED = "confu_grouped_sdpa"
+GROUPED = f"{compat.OWN_ATTENTION}sdpa"
 
 
 def grouped_attention(
@@ -48,8 +49,6 @@ def grouped_queries(model: PreTrainedModel) -> Iterator[None]:
     if model.device.type != "cpu" or compat.attention_implementation(config) != "sdpa":
         yield
         return
-    compat.set_attention_implementation(config, GROUPED)
-    try:
+    use = compat.set_attention_implementation
+    with holding(model, lambda: use(config, GROUPED), lambda: use(config, "sdpa")):
         yield
-    finally:
-        compat.set_attention_implementation(config, "sdpa")

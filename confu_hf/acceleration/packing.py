@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..compat import has_bfloat16_kernels
 from .products import Products
+from .shared import SWITCHING, holding, is_held
 
 # Below this size the call costs more than packing saves.
 MIN_ELEMENTS = 2**16
@@ -75,6 +76,7 @@ class PackedLinears:
     ) -> None:
         self.max_rows, self.products = max_rows, products
         self._packed: list[_Packed] = []
+        self._switched: list[nn.Linear] = []  # those that compute with packed weights now
         by_address: dict[int, Tensor] = {}
         linears = {id(child): child for module in modules for child in module.modules() if _packable(child)}
         for linear in linears.values():
@@ -133,7 +135,7 @@ class PackedLinears:
 
     @contextmanager
     def active(self) -> Iterator[PackedLinears]:
-        """Within it the layers compute with their packed weights. Not for one model used by several threads."""
+        """Within it the layers compute with their packed weights; in all threads that use them."""
         used = [packed.module for packed in self._packed if "forward" not in packed.module.__dict__]
         forwards = {
             id(packed.module): _forward(
@@ -141,13 +143,18 @@ class PackedLinears:
             )
             for packed in self._packed
         }
-        try:
+
+        def switch_on() -> None:
+            self._switched = used
             for module in used:
                 module.__dict__["forward"] = forwards[id(module)]
-            yield self
-        finally:
-            for module in used:
+
+        def switch_off() -> None:
+            for module in self._switched:
                 module.__dict__.pop("forward", None)
+
+        with holding(self, switch_on, switch_off):
+            yield self
 
 
 def _packable(module: nn.Module) -> bool:
@@ -248,8 +255,10 @@ def packed_linears(
         wanted = model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES
     if not wanted:
         return nullcontext()
-    packed = _packed.get(model)
-    if packed is None or packed.products is not products or packed.is_stale():
-        _packed.pop(model, None)  # before the new one: one copy at a time
-        packed = _packed[model] = PackedLinears(model, dtype=dtype, products=products)
+    with SWITCHING:
+        packed = _packed.get(model)
+        in_use = packed is not None and is_held(packed)  # by a call in another thread, whose layers these are
+        if not in_use and (packed is None or packed.products is not products or packed.is_stale()):
+            _packed.pop(model, None)  # before the new one: one copy at a time
+            packed = _packed[model] = PackedLinears(model, dtype=dtype, products=products)
     return packed.active()

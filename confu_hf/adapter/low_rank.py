@@ -12,6 +12,7 @@ Example: q_proj 32 -> 32 and v_proj 32 -> 16, rank 2, 8 layers: down (8, 2, 64),
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -102,7 +103,11 @@ class LowRank:
                 hook.remove()
 
     def _hook(self, low: Tensor, high: Tensor, rows: int | None) -> Callable:
+        thread = threading.get_ident()
+
         def add(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+            if threading.get_ident() != thread:  # a pass of another call has rows of its own
+                return output
             states = arguments[0]  # (B, Q, in)
             first = 0 if rows is None else states.shape[1] - rows
             part = states[:, first:]

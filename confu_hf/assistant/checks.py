@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 from ..adapter.files import CHILD_NAME
 from ..adapter.layer import ConFuLayer
 from ..configuration_confu import ConFuConfig
 from ..errors import refusal
 from ..options import TreeOptions, check_options
+from ..target.exchange import batch_of
 
 # Inputs of a target that the loop hands on, or derives. Any other would be lost, and the text would change.
 LOOP_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
@@ -111,7 +113,6 @@ def check_strategy(config: GenerationConfig) -> None:
     call_the_model = "Call the model on the generated sequence."
     refused = [
         ("num_beams", config.num_beams not in (None, 1), 1, "Set num_beams=1, or leave out the assistant."),
-        ("num_return_sequences", config.num_return_sequences not in (None, 1), 1, "Call generate once per sequence."),
         ("use_cache", config.use_cache is False, True, "Set use_cache=True, or leave out the assistant."),
         (
             "cache_implementation",
@@ -130,14 +131,17 @@ def check_strategy(config: GenerationConfig) -> None:
             raise _refused_call(f"{name}={getattr(config, name)!r}", expected, fix)
 
 
-def check_inputs(input_ids: Tensor, cache: Cache | None, model_kwargs: Mapping[str, Any], synced_gpus: bool) -> None:
+def check_inputs(
+    input_ids: Tensor,
+    cache: Cache | None,
+    model_kwargs: Mapping[str, Any],
+    synced_gpus: bool,
+    streamer: BaseStreamer | None = None,
+) -> None:
     """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out."""
     batch_size, length = input_ids.shape
     mask = model_kwargs.get("attention_mask")
     position_ids = model_kwargs.get("position_ids")
-    if batch_size > 1:
-        fix = "Call generate once per prompt, or leave out the assistant."
-        raise _refused_call(f"a batch of {batch_size} prompts", "one prompt", fix)
     if model_kwargs.get("inputs_embeds") is not None:
         raise _refused_call("inputs_embeds", "input_ids", "Pass token ids.")
     if length == 0:
@@ -146,10 +150,17 @@ def check_inputs(input_ids: Tensor, cache: Cache | None, model_kwargs: Mapping[s
     if isinstance(cache, StaticCache):
         fix = "Pass DynamicCache(config=model.config), or leave out the cache."
         raise _refused_call("a cache of type StaticCache", "a DynamicCache, or none", fix)
+    if streamer is not None and batch_size > 1:
+        fix = "Leave out the streamer, or call generate once per prompt."
+        raise _refused_call(f"a streamer with a batch of {batch_size}", "one prompt, whose tokens come in order", fix)
     if synced_gpus:
         fix = "Leave out the assistant under ZeRO-3 and FSDP."
         raise _refused_call("synced_gpus=True", "a target that each process holds whole", fix)
     past_length = 0 if cache is None else cache.get_seq_length()
+    held = batch_of(cache)
+    if past_length and held != batch_size:
+        fix = "Repeat the cache with cache.batch_repeat_interleave(n), or leave it out."
+        raise _refused_call(f"a cache of {held} rows with a batch of {batch_size}", "as many", fix)
     only_new = past_length > 0 and position_ids is not None and position_ids.shape[1] == past_length + length
     if past_length >= length or only_new:
         raise _refused_call(

@@ -20,6 +20,7 @@ from .. import compat
 from ..decoding.loop import Decoder, confu_generate
 from ..errors import refusal
 from ..options import OPTION_ARGUMENTS, TreeOptions
+from ..target.soft_prompts import check_no_checkpointing
 from ..target.support import check_supported
 from .checks import (
     check_adapter,
@@ -57,6 +58,7 @@ class ConFuGenerationMixin(compat.GenerateSteps):
                 fix="Load it with ConFuAssistant.from_pretrained.",
             )
         check_supported(self)
+        check_no_checkpointing(self)
         check_pair(assistant.config, self)
         if isinstance(assistant, nn.Module):  # a LookupAssistant has no weights to place
             check_placement(assistant, self)
@@ -81,7 +83,7 @@ class ConFuGenerationMixin(compat.GenerateSteps):
     ):
         """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
         cache, inputs = compat.split_cache(inputs)
-        check_inputs(input_ids, cache, inputs, synced_gpus)
+        check_inputs(input_ids, cache, inputs, synced_gpus, streamer)
         decoder = Decoder(
             self,
             assistant.config.target_layer_ids,

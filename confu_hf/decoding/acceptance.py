@@ -31,7 +31,7 @@ class Acceptance:
             last node.
         counts: tokens emitted by each row.
         finished: whether a stopping criterion fired on the last emitted token; `path` then ends at the node it follows.
-        scores: one (B, V) float32 per emitted token, after the processors; empty unless recorded.
+        scores: of each row, one (1, V) float32 per emitted token, after the processors; empty unless recorded.
         raw_logits: the same before the processors.
         nodes: `path` on the host, without the padding.
 
@@ -42,8 +42,8 @@ class Acceptance:
     tokens: Tensor
     counts: tuple[int, ...]
     finished: tuple[bool, ...]
-    scores: tuple[Tensor, ...] = ()
-    raw_logits: tuple[Tensor, ...] = ()
+    scores: tuple[tuple[Tensor, ...], ...] = ()
+    raw_logits: tuple[tuple[Tensor, ...], ...] = ()
     nodes: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -82,7 +82,7 @@ def accept(
     logits: Tensor,
     input_ids: Tensor,
     *,
-    processors: LogitsProcessorList,
+    processors: LogitsProcessorList | Sequence[LogitsProcessorList],
     do_sample: bool,
     stopping_criteria: StoppingCriteriaList,
     lengths: Sequence[int] | None = None,
@@ -97,12 +97,13 @@ def accept(
         logits: (B, T+1, V), the target's logits at every node, any float type.
         input_ids: (B, n) long, all decided tokens. lengths: how many each row has; None = n. The last one is the
             root's.
-        processors: called once per emitted token, with the ids up to the node and that node's logits in float32.
+        processors: called once per emitted token, with the ids up to the node and that node's logits in float32; one
+            list for all rows, or one for each.
         do_sample: draw from the processed distribution, or take its argmax.
         stopping_criteria: asked after every emitted token, with the ids including it.
         finished: rows that have ended and emit nothing; None = none.
-        record: return scores and raw logits (one row only).
-        past_scores: scores of earlier rounds, so that the criteria see all of them as in plain `generate`. They see
+        record: return scores and raw logits.
+        past_scores: scores of earlier rounds (one row only), so that the criteria see all of them as in plain `generate`. They see
             None if it is None, or if nothing is recorded.
 
     Raises:
@@ -118,10 +119,12 @@ def accept(
         )
     lengths = [input_ids.shape[1]] * len(input_ids) if lengths is None else lengths
     finished = [False] * len(input_ids) if finished is None else finished
+    if isinstance(processors, LogitsProcessorList):
+        processors = (processors,) * len(input_ids)
     tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
     choices = None
     # On a CPU waiting costs nothing, and an argmax over the whole vocabulary pays only at nodes the walk comes to.
-    if logits.device.type != "cpu" and not (do_sample or record or processors):
+    if logits.device.type != "cpu" and not (do_sample or record or any(processors)):
         choices = greedy_choices(logits)
     walks = []
     for row, length in enumerate(lengths):
@@ -131,7 +134,7 @@ def accept(
         elif choices is not None:
             walks.append(walk_greedily(children, choices[row], ids, stopping_criteria))
         else:
-            rules = (processors, Sampler(do_sample), stopping_criteria, record, past_scores)
+            rules = (processors[row], Sampler(do_sample), stopping_criteria, record, past_scores)
             walks.append(walk_stepwise(children, logits[row : row + 1], ids, *rules))
     return _gather(walks, tree.tokens.device)
 
@@ -147,8 +150,8 @@ def _gather(walks: list[_Walk], device: torch.device) -> Acceptance:
         tokens=tokens,
         counts=tuple(len(walk.path) for walk in walks),
         finished=tuple(walk.finished for walk in walks),
-        scores=walks[0].scores,
-        raw_logits=walks[0].raw_logits,
+        scores=tuple(walk.scores for walk in walks),
+        raw_logits=tuple(walk.raw_logits for walk in walks),
         nodes=tuple(tuple(walk.path) for walk in walks),
     )
 

@@ -147,7 +147,7 @@ class CostPolicy:
         """Draft as long as it pays; else a probe now and then."""
         drafted = self.round is not None and self.round.steps > 0
         if history and self.round is not None:
-            self._learn(history[-1], state.finished)
+            self._learn(history[-1])
         depth = depth_left(state, self.options.depth)
         active = tuple(not done for done in state.finished)
         self.round = _Round(max(state.lengths), active, probe=False, reads_backlog=not drafted)
@@ -289,7 +289,7 @@ class CostPolicy:
 
     # 4. After the round
 
-    def _learn(self, record: RoundRecord, finished: Sequence[bool]) -> None:
+    def _learn(self, record: RoundRecord) -> None:
         """What the round cost, which nodes were accepted, and whether drafting paid."""
         this = self.round
         rows = len(record.accepted) * (record.nodes + record.contemplate_tokens)
@@ -297,14 +297,15 @@ class CostPolicy:
         draft_seconds = seconds.pop("draft", 0.0)
         steps = 0 if this.reads_backlog else this.steps
         self.costs.observe(rows, this.context, sum(seconds.values()), steps, self.options.top_k, draft_seconds)
-        for forecast, path, ended in zip(record.forecasts, record.path, finished, strict=False):
+        for forecast, path, ended in zip(record.forecasts, record.path, record.ended, strict=False):
             # Where a text ended, nobody was asked about the children of its last node.
             for node, accepted in forecast.outcomes(path) if not ended else ():
                 self.calibration.learn(forecast.drafted[node], forecast.depths[node], accepted)
         if this.steps:  # what was looked up cost nothing, and says nothing of the network
             self._weigh(record.accepted, rows)
             learns = self.options.contemplate and not this.probe
-            for fresh, count in zip(self.fresh, record.accepted, strict=False) if learns else ():
+            learns = learns and len(self.fresh) == len(record.accepted)  # rows that ended have left
+            for fresh, count in zip(self.fresh, record.accepted, strict=True) if learns else ():
                 if count:
                     self.usual.add(count)
                     self.experience.future.learn(fresh, count - self.usual.value)

@@ -7,6 +7,7 @@ told of wait until it drafts. Which nodes are expanded is decided in tree/growin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..modeling_confu import ConFuDraftModel
-from ..target.cache import Slots, TreeCache
+from ..target.cache import TreeCache
+from ..target.slots import Slots
 from ..tree.draft_tree import DraftTree, root_only
 from ..tree.growing import grow_tree
 from .policy import RoundPlan
@@ -38,6 +40,9 @@ class Drafter:
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """Told after prefill and after every round: the state now, and the rows that are new."""
         raise NotImplementedError
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Told when batch rows have ended: the others, which are the new rows. Nothing, unless overridden."""
 
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
         """[`tree.growing.DraftStep`]; `parents` None starts a new tree."""
@@ -122,6 +127,11 @@ class NetworkDrafter(Drafter):
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """New rows join those that wait."""
         self.waiting = rows if self.waiting is None else self.waiting.followed_by(rows)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Its cache, and the rows that wait."""
+        self.cache.batch_select_indices(torch.tensor(rows))
+        self.waiting = self.waiting.select(rows)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:

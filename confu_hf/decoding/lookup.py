@@ -6,6 +6,7 @@ Matches and their probabilities are matches.py's, joining trees and chains tree/
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 from transformers import Cache
@@ -68,6 +69,10 @@ class LookupDrafter(Drafter):
         for text, ids, length in zip(self.texts, state.input_ids, state.lengths, strict=True):
             text.append(ids[len(text.index.tokens) : length].tolist())
 
+    def select(self, rows: Sequence[int]) -> None:
+        """The texts of these rows."""
+        self.texts = [self.texts[row] for row in rows]
+
     def chains(self, state: DecodingState, length: int) -> list[list[Chain]]:
         """For every batch row what may follow its root, up to `length` tokens; nothing for rows that have ended."""
         pairs = zip(self.texts, state.finished, strict=True)
@@ -104,6 +109,11 @@ class CombinedDrafter(Drafter):
         """Both read what is new."""
         self.drafter.observe(state, rows)
         self.lookup.observe(state, rows)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Both go on with these rows."""
+        self.drafter.select(rows)
+        self.lookup.select(rows)
 
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
         """The other drafter's."""

@@ -16,16 +16,18 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..acceleration.decoding import accelerated
 from ..acceleration.products import Products
-from ..compat import decoder_only_output
+from ..compat import decoder_only_output, pad_token
 from ..target.cache import TreeCache
 from ..target.exchange import export_cache, import_cache
 from ..target.passes import Verified, prefill, verify
 from ..tree.draft_tree import DraftTree, root_only
 from ..tree.layout import VerifyLayout, verify_layout
 from .acceptance import Acceptance, accept
+from .batch import Batch, chains
 from .contemplation import Contemplator
 from .drafting import Drafter
 from .policy import Chosen, Policy
+from .rules import rules_for
 from .state import DecodingState, Rows, append
 from .stats import GenerationStats, RoundRecord, Stopwatch, Tally
 from .sweep import Bench
@@ -58,6 +60,8 @@ class Decoder:
         self.target, self.layer_ids = target, layer_ids
         self.drafter, self.policy, self.contemplator = drafter, policy, contemplator
         self.processors, self.stopping_criteria = processors, stopping_criteria
+        self.pad_token_id = pad_token(generation_config)
+        self.returns_cache = bool(generation_config.return_dict_in_generate)
         self.do_sample = bool(generation_config.do_sample)
         self.max_length = getattr(stopping_criteria, "max_length", None)
         self.record = bool(
@@ -65,8 +69,9 @@ class Decoder:
             and (generation_config.output_scores or generation_config.output_logits)
         )
         self.criteria_see_scores = bool(generation_config.output_scores)
-        self.scores: tuple[Tensor, ...] = ()
-        self.raw_logits: tuple[Tensor, ...] = ()
+        self.batch: Batch | None = None
+        self.scores: list[tuple[Tensor, ...]] = []  # of each row, one (1, V) for every token
+        self.raw_logits: list[tuple[Tensor, ...]] = []
         self.tally, self.stopwatch = Tally(), Stopwatch(target.device)
         self.cache: TreeCache | None = None
 
@@ -75,6 +80,9 @@ class Decoder:
     ) -> tuple[DecodingState, Acceptance]:
         """Prefill, and the first token: a round whose tree is only its root, the prompt's last token."""
         batch_size, length = input_ids.shape
+        self.batch = Batch(rules_for(self.processors, self.stopping_criteria, batch_size), length, self.pad_token_id)
+        self.scores, self.raw_logits = [()] * batch_size, [()] * batch_size
+        self.returns_cache |= user_cache is not None
         self.cache = self._open_cache(length, user_cache)
         past = self.cache.get_seq_length()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -97,7 +105,7 @@ class Decoder:
         position_ids[:, -1:] = places - 1  # the draft starts there, even from a masked token
         tokens = torch.cat([input_ids[:, past + 1 :], acceptance.tokens], dim=1)
         self.drafter.observe(state, Rows(tokens, prefilled.features, position_ids, is_whole=needed is None))
-        return state, acceptance
+        return self._end_rows(state), acceptance
 
     def round(self, state: DecodingState) -> tuple[DecodingState, Acceptance]:
         """Draft, verify, accept, keep."""
@@ -116,6 +124,7 @@ class Decoder:
             acceptance = self._accept(tree, verified.logits, state.input_ids, state.lengths, state.finished)
         with timed("cache"):
             state = self._keep(state, tree, layout, verified, acceptance)
+            state = self._end_rows(state)
         self.tally.records.append(self._record(chosen, layout, acceptance))
         return state, acceptance
 
@@ -130,6 +139,7 @@ class Decoder:
             contemplate_tokens=layout.contemplate_nodes.shape[1],
             seconds=seconds,
             path=path,
+            ended=acceptance.finished,
             fresh=tuple(row[-1] in nodes if row else False for row, nodes in zip(path, contemplated, strict=True)),
             forecasts=chosen.forecasts,
         )
@@ -176,6 +186,37 @@ class Decoder:
         self.drafter.observe(state, Rows(tokens, features, position_ids, future, known, is_whole=whole))
         return state
 
+    def _end_rows(self, state: DecodingState) -> DecodingState:
+        """Rows that have ended leave; where the cache is returned they stay, since it holds all rows."""
+        state = self.batch.stop(state)
+        if self.returns_cache:
+            return state
+        state, kept = self.batch.leave(state)
+        if kept is not None:
+            self.cache.batch_select_indices(torch.tensor(kept, device=state.input_ids.device))
+            self.drafter.select(kept)
+        return state
+
+    def read_padding(self, state: DecodingState) -> None:
+        """Have rows that ended early read their padding, as in plain decoding: the cache holds rows of one length, and
+        scores go on to the last step."""
+        sequences = self.batch.sequences(state)
+        self.cache.cut([length - 1 for length in state.lengths])
+        read = self.cache.lengths
+        if min(read) == sequences.shape[1] - 1:
+            return
+        tree, path, counts = chains(sequences, read)
+        verified = self._verify(self._layout(tree, 0, state), state)
+        self.cache.keep_path(path, counts)
+        for row, count in enumerate(counts if self.record else ()):
+            emitted = state.lengths[row] - self.batch.prompt_length
+            self.scores[row], self.raw_logits[row] = self.scores[row][:emitted], self.raw_logits[row][:emitted]
+            for step in range(count):
+                ids = sequences[row : row + 1, : state.lengths[row] + step]
+                logits = verified.logits[row : row + 1, step].to(copy=True, dtype=torch.float32, device=ids.device)
+                self.scores[row] += (self.batch.processors[row](ids, logits),)
+                self.raw_logits[row] += (logits,)
+
     def _open_cache(self, length: int, user_cache: Cache | None) -> TreeCache:
         layers = self.target.config.get_text_config(decoder=True).num_hidden_layers
         soft_prompts = None if self.contemplator is None else self.contemplator.soft_prompts()
@@ -198,14 +239,15 @@ class Decoder:
             input_ids,
             lengths=lengths,
             finished=finished,
-            processors=self.processors,
+            processors=self.batch.processors,
             do_sample=self.do_sample,
-            stopping_criteria=self.stopping_criteria,
+            stopping_criteria=self.batch.rules.row_criteria,
             record=self.record,
-            past_scores=self.scores if self.criteria_see_scores else None,
+            past_scores=self.scores[0] if self.criteria_see_scores and len(self.scores) == 1 else None,
         )
-        self.scores += acceptance.scores
-        self.raw_logits += acceptance.raw_logits
+        for index, row in enumerate(self.batch.rows):
+            self.scores[row] += acceptance.scores[index]
+            self.raw_logits[row] += acceptance.raw_logits[index]
         return acceptance
 
 
@@ -224,7 +266,7 @@ def confu_generate(
     """Generate with draft trees; the text is that of plain decoding with the same arguments.
 
     Args:
-        input_ids: `(1, n)` long. attention_mask: `(1, n)`, 0 = padding. cache: one that holds a prefix of `input_ids`;
+        input_ids: `(B, n)` long. attention_mask: `(B, n)`, 0 = padding. cache: one that holds a prefix of `input_ids`;
             it is extended in place.
         pack_weights: see `TreeOptions`. products: what `compile()` built, if it did.
 
@@ -243,17 +285,27 @@ def confu_generate(
                 break
             state, acceptance = decoder.round(state)
         decoder.policy.finish()
+        if decoder.returns_cache and len(state.lengths) > 1:
+            decoder.read_padding(state)
     if streamer is not None:
         streamer.end()
-    stats = replace(decoder.tally.stats(sum(state.lengths) - input_ids.numel()), **asdict(acceleration))
-    final_cache = decoder.close_cache(cache)
-    decoder.drafter.remember(final_cache, state.input_ids)
+    sequences = decoder.batch.sequences(state)
+    new_tokens = sum(map(len, decoder.batch.written(state))) - input_ids.numel()
+    stats = replace(decoder.tally.stats(new_tokens), **asdict(acceleration))
+    if decoder.returns_cache:
+        decoder.drafter.remember(decoder.close_cache(cache), sequences)
     if not generation_config.return_dict_in_generate:
-        return state.input_ids, stats
+        return sequences, stats
+    steps = sequences.shape[1] - input_ids.shape[1]
     output = decoder_only_output(
-        sequences=state.input_ids,
-        scores=decoder.scores if generation_config.output_scores else None,
-        logits=decoder.raw_logits if generation_config.output_logits else None,
-        cache=final_cache,
+        sequences=sequences,
+        scores=by_step(decoder.scores, steps) if generation_config.output_scores else None,
+        logits=by_step(decoder.raw_logits, steps) if generation_config.output_logits else None,
+        cache=decoder.cache if cache is None else cache,
     )
     return output, stats
+
+
+def by_step(rows: list[tuple[Tensor, ...]], steps: int) -> tuple[Tensor, ...]:
+    """Of each row one `(1, V)` for every token -> one `(B, V)` for every step."""
+    return tuple(torch.cat([row[step] for row in rows]) for step in range(steps))

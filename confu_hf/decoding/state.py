@@ -41,6 +41,15 @@ class Rows:
         whole = self.is_whole and newer.is_whole
         return Rows(**joined, future=newer.future, future_known=newer.future_known, is_whole=whole)
 
+    def select(self, rows: Sequence[int]) -> Rows:
+        """Those of some batch rows."""
+        index = torch.tensor(rows, device=self.tokens.device)
+        tensors = {
+            name: getattr(self, name) for name in ("tokens", "features", "position_ids", "future", "future_known")
+        }
+        tensors = {name: t if t is None else t[index.to(t.device)] for name, t in tensors.items()}
+        return Rows(**tensors, is_whole=self.is_whole)
+
     def newest_last(self) -> Rows:
         """The same rows, moved to the right where there are gaps."""
         if self.is_whole:
@@ -79,6 +88,19 @@ class DecodingState:
         """`(B,)` long, the newest decided token of every row."""
         last = torch.tensor(self.lengths, device=self.input_ids.device)[:, None] - 1
         return self.input_ids.gather(1, last)[:, 0]
+
+    def select(self, rows: Sequence[int]) -> DecodingState:
+        """The state of some of the rows."""
+        index = torch.tensor(rows, device=self.input_ids.device)
+        lengths = tuple(self.lengths[row] for row in rows)
+        return DecodingState(
+            input_ids=self.input_ids[index, : max(lengths)],
+            lengths=lengths,
+            finished=tuple(self.finished[row] for row in rows),
+            features=self.features[index.to(self.features.device)],
+            position_offset=self.position_offset[index.to(self.position_offset.device)],
+            max_length=self.max_length,
+        )
 
     def advance(self, acceptance: Acceptance, features: Tensor) -> DecodingState:
         """The state after a round. `features` `(B, P, 3 d)`, of the accepted nodes."""

@@ -44,6 +44,7 @@ class RoundRecord:
         contemplate_tokens: contemplate tokens of a batch row.
         seconds: wall time of each of [`PHASES`], as the device saw it.
         path: accepted nodes of each batch row, the root's 0 first; empty for a row that had ended.
+        ended: whether a row ended in this round, or before.
         fresh: whether a row's last accepted node carried a contemplate token of its own.
         forecasts: what the policy expected, by batch row; empty if it calculated nothing.
     """
@@ -53,6 +54,7 @@ class RoundRecord:
     contemplate_tokens: int
     seconds: dict[str, float]
     path: tuple[tuple[int, ...], ...] = ()
+    ended: tuple[bool, ...] = ()
     fresh: tuple[bool, ...] = ()
     forecasts: tuple[Forecast, ...] = ()
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,23 +21,7 @@ from transformers import Cache
 
 from ..compat import CacheLayerMixin
 from ..errors import refusal
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Where a pass of `W` rows writes.
-
-    Attributes:
-        index: `(B, W)` long, the slot of every row.
-        start: the first slot, where all batch rows write to `start .. start + W - 1`; None = they differ.
-        visible: the pass sees the slots `0 .. visible - 1`.
-        soft_prompts: it sees the soft prompts as well, in front.
-    """
-
-    index: Tensor
-    start: int | None
-    visible: int
-    soft_prompts: bool = True
+from .slots import Slots
 
 
 class TreeLayer(CacheLayerMixin):
@@ -332,6 +315,23 @@ class TreeCache(Cache):
         for layer in self.layers:
             if layer.is_initialized:
                 layer.lengths = [length + count for length, count in zip(layer.lengths, counts, strict=True)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with some of the batch rows: one copy of their slots."""
+        super().batch_select_indices(indices)
+        if self.slot_position_ids is not None:
+            self.slot_position_ids, self._padding = self.slot_position_ids[indices], self._padding[indices]
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Take back what is committed behind the first `lengths[b]` slots of each batch row `b`."""
+        self.commit([min(0, new - old) for old, new in zip(self.lengths, lengths, strict=True)])
+        slots = torch.arange(max(self.lengths), device=self.slot_position_ids.device)
+        inside = slots < torch.tensor(self.lengths, device=slots.device)[:, None]
+        self.slot_position_ids = torch.where(inside, self.slot_position_ids[:, : len(slots)], -1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """Keys, values and (none here) window of every layer, as of a DynamicCache."""
+        return ((layer.keys, layer.values, None) for layer in self.layers)
 
     def set_mask(self, attention_mask: Tensor) -> None:
         """Say which committed slots are real tokens, `(B, length)`, 0 = padding or masked."""

@@ -43,6 +43,12 @@ def export_cache(source: TreeCache, cache: Cache) -> None:
             _export_layer(layer, target)
 
 
+def batch_of(cache: Cache | None) -> int:
+    """Rows of a batch that a cache holds; 0 if it holds nothing."""
+    layers = () if cache is None else cache.layers
+    return next((layer.keys.shape[0] for layer in layers if layer.is_initialized), 0)
+
+
 def _check_layer(layer: object) -> None:
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, TreeLayer):
         raise _misfit(f"a {type(layer).__name__}", "the plain layers of a DynamicCache", "Pass a DynamicCache().")
