@@ -28,7 +28,6 @@ METHODS = (
     "lookup-tree",
     "eagle3",
     "confu",
-    "confu-compiled",
 )
 # What Inductor is told on a CPU: weights as constants, its own C++ products where they are faster.
 INDUCTOR_OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
@@ -54,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser, methods: Sequence[str], defau
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="our assistants compute with products built for this CPU"
+    )
     tree = parser.add_argument_group("draft tree (default: what the assistant's generation config says)")
     tree.add_argument("--total-tokens", type=int, help="drafted nodes of a tree")
     tree.add_argument("--depth", type=int, help="longest drafted path")
@@ -102,13 +104,11 @@ def load_methods(model: PreTrainedModel, args: argparse.Namespace, longest: int 
     if wanted & {"eagle3", "confu", "no-draft"}:
         arguments |= _load_pairs(model, args)
     if "lookup-tree" in wanted:
-        arguments["lookup-tree"] = {"assistant_model": LookupAssistant(target=model)}
+        arguments["lookup-tree"] = {"assistant_model": LookupAssistant(target=model).compile(args.compile)}
     if "no-draft" in wanted:
         # Our loop without a draft: what packed weights and the preallocated cache give by themselves.
         assistant = next(arguments[name]["assistant_model"] for name in ("confu", "eagle3") if name in arguments)
         arguments["no-draft"] = {"assistant_model": assistant, "total_tokens": 0}
-    if "confu-compiled" in wanted:
-        arguments["confu-compiled"] = {"assistant_model": _compiled(load_assistant(args.confu, model, args))}
     methods = {name: lambda name=name: arguments[name] for name in arguments}
     if "plain-compiled" in wanted:
         methods["plain-compiled"] = CompiledPlain(model, longest)
@@ -144,14 +144,7 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
             setattr(options, name, getattr(args, name))
     if args.contemplate_tokens is not None:
         options.contemplate_tokens = None if args.contemplate_tokens == "all" else args.contemplate_tokens
-    return assistant
-
-
-def _compiled(assistant: ConFuAssistant) -> ConFuAssistant:
-    if ConFuAssistant.compile is torch.nn.Module.compile:  # every torch module has a method of that name
-        raise SystemExit("This version of confu_hf has no ConFuAssistant.compile(): leave out confu-compiled.")
-    assistant.compile()
-    return assistant
+    return assistant.compile(args.compile)
 
 
 class CompiledPlain:

@@ -258,7 +258,7 @@ def packed_linears(
     with SWITCHING:
         packed = _packed.get(model)
         in_use = packed is not None and is_held(packed)  # by a call in another thread, whose layers these are
-        if not in_use and (packed is None or packed.products is not products or packed.is_stale()):
+        if not in_use and (packed is None or packed.products != products or packed.is_stale()):
             _packed.pop(model, None)  # before the new one: one copy at a time
             packed = _packed[model] = PackedLinears(model, dtype=dtype, products=products)
     return packed.active()

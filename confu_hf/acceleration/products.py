@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -34,11 +35,12 @@ FLAGS = {
 COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 
 
+@dataclass(frozen=True)
 class Products:
     """The loaded library. `path` is where it lies, `seconds` what building it took: 0 if it was there already."""
 
-    def __init__(self, path: Path, seconds: float):
-        self.path, self.seconds = path, seconds
+    path: Path
+    seconds: float = field(compare=False)
 
     @cached_property
     def _library(self) -> ctypes.CDLL:

@@ -16,10 +16,8 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from .. import compat
-from ..acceleration.products import Products, build_products
 from ..adapter.attachment import Attachment, LooseAdapter, attach_adapter, base_model
 from ..adapter.config import ConFuAdapterConfig
 from ..adapter.tuner import on_injection
@@ -37,10 +35,10 @@ from ..modeling_confu import ConFuDraftModel
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
 from .checks import check_adapter, check_pair, confu_layer
+from .compiling import CompilesProducts
 from .policies import DecidesRounds
 from .routing import release, route, serve
 
-logger = logging.get_logger(__name__)
 ADAPTER_FIELDS = (
     "num_virtual_tokens",
     "soft_prompt_type",
@@ -56,7 +54,7 @@ PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "
 on_injection(route)
 
 
-class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
+class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDraftModel):
     """The assistant: a draft, its adapter, and the target they are attached to.
 
         confu = ConFuAssistant.from_pretrained("org/confu-target", target=model)
@@ -73,7 +71,6 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
         self._attachment: Attachment | None = None
         self._adapter: LooseAdapter | None = None
         self._stats: GenerationStats | None = None
-        self.products: Products | None = None  # what compile() built
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -184,23 +181,6 @@ class ConFuAssistant(compat.OnlyRouted, DecidesRounds, ConFuDraftModel):
             self._attachment = Attachment(weakref.ref(target))
         self._adapter = None
         serve(target, self)
-        return self
-
-    def compile(self, enabled: bool = True) -> ConFuAssistant:
-        """From now on, target and draft multiply on the CPU with products built for this processor.
-
-        Takes a second or two, once: the result stays in the user's cache folder. Results change by rounding only. It
-        serves float32 weights; others compute as before, and `stats.not_compiled_because` says why. Undone by
-        `compile(False)` or [`detach`].
-
-        Raises:
-            ValueError: if there is no C++ compiler, or the processor is none with AVX2.
-        """
-        self.products = None
-        if enabled:
-            self.products = build_products()
-            how = f"built in {self.products.seconds:.1f} s" if self.products.seconds else "built before"
-            logger.warning_once(f"Compiled products: {self.products.path}, {how}.")
         return self
 
     def detach(self) -> PreTrainedModel | None:

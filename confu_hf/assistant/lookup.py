@@ -21,13 +21,14 @@ from ..decoding.stats import GenerationStats
 from ..errors import refusal
 from ..options import ConFuGenerationConfig, TreeOptions
 from ..target.support import check_supported
+from .compiling import CompilesProducts
 from .policies import DecidesRounds
 from .routing import release, serve
 
 ATTACH = "Make it with LookupAssistant(target=model), or call its attach(model)."
 
 
-class LookupAssistant(compat.OnlyRouted, DecidesRounds):
+class LookupAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds):
     """Prompt lookup with draft trees: nothing to train, nothing to download, for every target that ConFu supports.
 
         lookup = LookupAssistant(target=model)
@@ -91,7 +92,7 @@ class LookupAssistant(compat.OnlyRouted, DecidesRounds):
     def detach(self) -> PreTrainedModel | None:
         """Give the target back as it was before [`attach`], and return it."""
         target = self.target
-        self._target_reference = self._config = None
+        self._target_reference = self._config = self.products = None
         if target is not None:
             release(target, self)
         return target
@@ -108,4 +109,4 @@ class LookupAssistant(compat.OnlyRouted, DecidesRounds):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are detached."""
-        return self.__dict__ | {"_target_reference": None, "_config": None}
+        return self.__dict__ | {"_target_reference": None, "_config": None, "products": None}

@@ -102,7 +102,7 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             attention_mask=inputs.get("attention_mask"),
             cache=cache,
             pack_weights=checked.pack_weights,
-            products=getattr(assistant, "products", None),
+            products=assistant.products,
         )
         return output
 
