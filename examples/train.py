@@ -89,6 +89,9 @@ class ScriptArguments:
     eval_data: list[str] | None = field(default=None, metadata={"help": "files to hold out instead"})
     muon: bool = field(default=True, metadata={"help": "Muon for the draft's matrices"})
     adapter_learning_rate: float | None = field(default=None, metadata={"help": "of soft prompts and experts"})
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the adapter's router; default --adapter_learning_rate"}
+    )
     lora_learning_rate: float | None = field(default=None, metadata={"help": "of the gated LoRA (--lora_rank)"})
 
 
@@ -182,6 +185,7 @@ def main() -> None:
         muon=arguments.muon,
         adapter_learning_rate=arguments.adapter_learning_rate,
         lora_learning_rate=arguments.lora_learning_rate,
+        router_learning_rate=arguments.router_learning_rate,
         replay=draft.replay(tree) if arguments.trees else None,
     )
     checkpoint = training.resume_from_checkpoint

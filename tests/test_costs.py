@@ -44,9 +44,12 @@ def test_the_sweep_keeps_to_its_budget():
     swept(run, budget=1.0)
     assert sum(spent) <= 1.0
     spent.clear()
-    costs = swept(run, budget=0.1)
+    costs = swept(run, budget=0.5)
     assert len(spent) == 3, "to get ready, and two row counts at least"
     assert costs.verify(8, 0) == pytest.approx(0.3)
+    spent.clear()
+    costs = swept(run, budget=0.1)
+    assert len(spent) == 1 and costs.verify(8, 0) == pytest.approx(0.3)
 
 
 def test_groups():

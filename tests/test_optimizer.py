@@ -60,18 +60,20 @@ def named_parameters() -> list[tuple[str, nn.Parameter]]:
         "future_mixture.router.weight": (4, 8),
         "target.confu.confu_experts.default.weight": (4, 8),
         "target.confu.confu_lora_down.default.weight": (2, 3, 8),
+        "target.confu.confu_router.default.weight": (4, 24),
     }
     return [(name, nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
 
 
 def test_only_matrices_between_hidden_states_are_muons():
     named = named_parameters()
-    optimizer = MuonAdamW(named, lr=0.1, adapter_lr=0.2, lora_lr=0.05)
+    optimizer = MuonAdamW(named, lr=0.1, adapter_lr=0.2, lora_lr=0.05, router_lr=0.01)
     muon, adamw = optimizer.parts
     names = {id(p): name for name, p in named}
     assert [names[id(p)] for group in muon.param_groups for p in group["params"]] == ["fc.weight"]
     rates = {names[id(p)]: group["lr"] for group in adamw.param_groups for p in group["params"]}
     assert rates.pop("target.confu.confu_experts.default.weight") == 0.2
+    assert rates.pop("target.confu.confu_router.default.weight") == 0.01
     assert rates.pop("target.confu.confu_lora_down.default.weight") == 0.05
     assert set(rates.values()) == {0.1} and len(rates) == 4
 

@@ -8,10 +8,13 @@ from tiny_models import tiny_gemma2, tiny_llama
 from tiny_pairs import conversations, tiny_pair
 
 from confu_hf.compat import OUTPUT_CACHE
+from confu_hf.options import TreeOptions
 from confu_hf.target.geometry import attention_geometry
 from confu_hf.training.data import ConversationCollator
+from confu_hf.training.evaluation import HeldOut, replayed
 from confu_hf.training.module import ConFuForTraining
 from confu_hf.training.store import FeatureStore
+from confu_hf.training.teacher import Teacher
 
 LENGTHS = [(4, 16), (3, 12), (6, 14)]
 WIDTH = 32
@@ -45,7 +48,7 @@ def test_the_second_epoch_needs_no_target_and_says_the_same(tmp_path, dtype, mon
     def gone(*args, **kwargs):
         raise AssertionError("the target ran")
 
-    monkeypatch.setattr(module.target, "forward", gone)
+    monkeypatch.setattr(module.target.get_decoder(), "forward", gone)
     second = run(module, rows)
     # A bfloat16 target's features come back as they were; of a float32 target's, rounded.
     torch.testing.assert_close(second["loss"], first["loss"], rtol=1e-3 if dtype == torch.bfloat16 else 1e-2, atol=0)
@@ -77,7 +80,7 @@ def test_contemplation_reads_stored_keys_and_values(tmp_path, dtype, monkeypatch
     rows = conversations(*LENGTHS)
     first = run(module, rows)
     assert torch.equal(first["loss"], run(ConFuForTraining(target, module.draft).eval(), rows)["loss"])
-    monkeypatch.setattr(target, "forward", None)  # contemplate tokens run through its decoder alone
+    monkeypatch.setattr(Teacher, "_from_target", None)  # what is left: contemplate tokens, through the decoder
     torch.testing.assert_close(run(module, rows)["loss"], first["loss"], rtol=5e-3, atol=0)
 
 
@@ -156,3 +159,17 @@ def test_a_batch_without_its_numbers_is_refused(tmp_path):
     del batch["index"]
     with pytest.raises(ValueError, match="got a batch without `index`.*Make batches with ConversationCollator"):
         module(**batch)
+
+
+def test_a_replay_leaves_no_holes_in_the_store(tmp_path):
+    """It asks for no predictions: what it reads of the target must not pass for all that the target says."""
+    target = tiny_llama(dtype=torch.bfloat16)
+    draft = tiny_pair(target, contemplate=False).float()
+    module = ConFuForTraining(target, draft, feature_store=open_store(tmp_path)).eval()
+    rows = conversations(*LENGTHS)
+    batch = ConversationCollator(0)(rows)
+    replayed(module, draft.replay(TreeOptions(total_tokens=4, depth=2, top_k=2)), HeldOut(rows), batch)
+    assert not module.teacher.store.holds(batch["index"])
+    expected = run(ConFuForTraining(target, draft).eval(), rows)
+    for _ in range(2):  # filled, then read
+        assert torch.equal(run(module, rows)["correct"], expected["correct"])

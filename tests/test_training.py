@@ -186,7 +186,7 @@ def test_survivors_loss_is_the_mean_over_them(monkeypatch):
     for step in range(3):
         log_q = draft.lm_head(steps[step]["outputs"]).log_softmax(-1)
         index, choices = view.locate(rows.starts + 1 + step)
-        log_p = view.log_probs.flatten(0, 1)[index]
+        log_p = view.log_probs[index]
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1) * (choices >= 0)
         expected += 0.8**step * divergence[attempted[step]].sum() / attempted[step].sum()
     torch.testing.assert_close(outputs["loss"].detach(), expected.detach(), rtol=1e-6, atol=1e-6)
@@ -434,16 +434,17 @@ def test_what_the_target_would_say_outside_the_draft_vocabulary_is_left_out(monk
     seen = spy(module.teacher, monkeypatch, "view")
     outputs = module(**batch)
     log_probs, choice = seen["result"].log_probs, seen["result"].choices
-    logits = target(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[0, 3:]
+    # Nothing is compared with what comes after the last token, nor with the answer's first, which prefill draws.
+    logits = target(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[0, 3:29]
     inside = module.draft.t2d[logits.argmax(-1)]
     assert 0 < inside.sum() < len(inside)
-    assert torch.equal(choice[0] >= 0, inside)
+    assert torch.equal(choice >= 0, inside)
     ids = module.draft.draft_token_ids
-    assert torch.equal(ids[choice[0, inside]], logits.argmax(-1)[inside])
-    torch.testing.assert_close(log_probs[0], logits[:, ids].log_softmax(-1))
+    assert torch.equal(ids[choice[inside]], logits.argmax(-1)[inside])
+    torch.testing.assert_close(log_probs, logits[:, ids].log_softmax(-1))
     # No prediction of such a row counts as right, and its loss is zero.
     module.draft.lm_head.weight.data.zero_()
-    expected = -(log_probs[0].exp() * -log_probs[0]).sum(-1) + torch.log(torch.tensor(64.0))  # KL to uniform
+    expected = -(log_probs.exp() * -log_probs).sum(-1) + torch.log(torch.tensor(64.0))  # KL to uniform
     count = outputs["correct"][0, 0, 1]
     torch.testing.assert_close(
         module(**batch)["loss"], (expected * inside)[: int(count)].sum() / count, rtol=1e-4, atol=1e-4

@@ -169,12 +169,13 @@ class CostModel:
 
         Args:
             run: runs one pass of so many rows, returns its seconds. rows: wanted, the most telling ones first.
-            budget: seconds; beyond two row counts, no pass is begun that would go beyond it.
+            budget: seconds. If the first pass takes them all it is the only one; beyond two row counts, no pass is begun
+                that would go beyond the budget.
             draft_share: what a draft step costs at first, as a share of a pass of one row; None = nothing.
         """
         spent = run(rows[0])  # the first pass of all pays for what later ones find ready
-        shape: dict[int, float] = {}
-        for count in [*rows] * SWEEPS:
+        shape = {} if spent < budget else {rows[0]: spent}
+        for count in [*rows] * SWEEPS if spent < budget else []:
             if len(shape) >= 2:
                 largest = max(shape)
                 expected = shape.get(count, shape[largest] * max(1.0, count / largest))

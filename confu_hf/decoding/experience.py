@@ -128,6 +128,6 @@ class Experience:
 
     def keep(self, bench: Bench) -> None:
         """Write measured costs to disk."""
-        if self.given is None:
-            key = bench.key()
+        key = bench.key()
+        if self.given is None and key in self.costs:
             save_costs(key, self.costs[key])

@@ -73,7 +73,7 @@ def _known_texts(module: ConFuForTraining, batch: dict[str, Tensor]) -> KnownTex
         batch["input_ids"],
         batch["attention_mask"],
         module.draft.draft_token_ids,
-        first=batch["input_ids"].shape[1] - 1,  # what the target says is in the text
+        needed=torch.zeros_like(batch["input_ids"], dtype=torch.bool),  # what the target says is in the text
         index=batch["index"],
         with_cache=module.draft.config.contemplate,
     )

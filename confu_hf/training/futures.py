@@ -113,7 +113,5 @@ def future_numerator(
     used = (choices >= 0) & futures.anchors.exist
     head = head_rows(target, draft.draft_token_ids)
     weights = torch.ones(target_rows[used].shape, device=used.device)
-    loss, _ = linear_kl(
-        futures.last[used], head, view.log_probs.flatten(0, 1), view.choices.flatten(), target_rows[used], weights
-    )
+    loss, _ = linear_kl(futures.last[used], head, view.log_probs, view.choices, target_rows[used], weights)
     return loss

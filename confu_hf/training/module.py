@@ -16,7 +16,7 @@ from ..errors import refusal
 from ..modeling_confu import ConFuDraftModel
 from .futures import Anchors, RowFutures, future_numerator, row_futures
 from .losses import LossTerms, chain_accepted_length, linear_kl
-from .rows import DraftRows, random_rows, rows_in_front
+from .rows import DraftRows, predicted_positions, random_rows, rows_in_front
 from .sharding import leave_shards_to_fsdp
 from .store import FeatureStore
 from .teacher import Teacher, TeacherView
@@ -122,7 +122,7 @@ class ConFuForTraining(nn.Module):
             input_ids,
             attention_mask,
             self.draft.draft_token_ids,
-            first=int(rows.starts.min()) + 1,
+            needed=predicted_positions(labels),
             index=index,
             with_cache=contemplate,
         )
@@ -201,8 +201,8 @@ class ConFuForTraining(nn.Module):
         numerator, right[used] = linear_kl(
             outputs[used],
             self.draft.lm_head.weight,
-            view.log_probs.flatten(0, 1),
-            view.choices.flatten(),
+            view.log_probs,
+            view.choices,
             target_rows[used],
             weights,
         )

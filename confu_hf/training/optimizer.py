@@ -19,6 +19,7 @@ from ..compat import multiplies_bfloat16
 
 ADAPTER_MARK = "confu_"  # in the names of the adapter's weights
 LORA_MARK = "confu_lora"
+ROUTER_MARK = "confu_router"
 NOT_MUON = ("lm_head", "embed_tokens", "mixture", ADAPTER_MARK)
 
 # Keller Jordan's quintic iteration, as in torch.optim.Muon.
@@ -95,6 +96,8 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: learning rate of both; Muon's steps are scaled to the size of AdamW's.
         adapter_lr: learning rate of soft prompts and experts; None = `lr`.
         lora_lr: learning rate of the gated LoRA; None = `lr`.
+        router_lr: learning rate of the adapter's router; None = `adapter_lr`. It reads thousands of coordinates at once: a
+            rate that suits soft prompts moves its gates by several logits a step, until one expert has them all.
         betas, eps, weight_decay: of AdamW; weight decay is Muon's as well.
     """
 
@@ -104,21 +107,25 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: float,
         adapter_lr: float | None = None,
         lora_lr: float | None = None,
+        router_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        matrices, adapter, lora, others = [], [], [], []
+        matrices, adapter, lora, router, others = [], [], [], [], []
         for name, parameter in named_parameters:
             if LORA_MARK in name:
                 lora.append(parameter)
+            elif ROUTER_MARK in name:
+                router.append(parameter)
             elif ADAPTER_MARK in name:
                 adapter.append(parameter)
             elif parameter.ndim == 2 and not any(mark in name for mark in NOT_MUON):
                 matrices.append(parameter)
             else:
                 others.append(parameter)
-        rates = ((others, None), (adapter, adapter_lr), (lora, lora_lr))
+        router_lr = adapter_lr if router_lr is None else router_lr
+        rates = ((others, None), (adapter, adapter_lr), (lora, lora_lr), (router, router_lr))
         groups = [{"params": part, "lr": lr if rate is None else rate} for part, rate in rates]
         self.parts = [
             Muon(matrices, lr=lr, weight_decay=weight_decay),

@@ -66,6 +66,7 @@ class RecipeOptions:
     learning_rate: float = 1e-3
     adapter_learning_rate: float = 3e-3
     lora_learning_rate: float = 3e-4
+    router_learning_rate: float = 1e-4
     warmup_steps: int = 10
     logging_steps: int = 10
     store_limit: float = 20.0  # gigabytes on disk for what the target says
@@ -205,6 +206,7 @@ class Recipe:
             muon=True,
             adapter_learning_rate=options.adapter_learning_rate,
             lora_learning_rate=options.lora_learning_rate,
+            router_learning_rate=options.router_learning_rate,
             progress=_progress(clock, steps) if decays else lambda step: 0.0,
             callbacks=[StageCallback(clock, steps)],
         )

@@ -41,6 +41,15 @@ class DraftRows:
         return cls(starts, valid.cumprod(0).bool())
 
 
+def predicted_positions(labels: torch.Tensor) -> torch.Tensor:
+    """`(B, N)` bool: positions with which rows are compared: they and the next one belong to the answer.
+
+    Example (answer `c d e` after `a b`): the row of b drafts d, which is compared at c; e is compared at d.
+    """
+    answer = labels != IGNORED
+    return answer & F.pad(answer[:, 1:], (0, 1))
+
+
 def rows_in_front(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The `chosen` rows `(B, R)` bool of each sequence, in order: indices `(B, R')`, and `(B, R')` bool which are chosen.
 

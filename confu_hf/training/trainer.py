@@ -67,6 +67,7 @@ class ConFuTrainer(Trainer):
             False leaves the choice to their `optim`.
         adapter_learning_rate: of soft prompts and experts, with `muon`; None = the same.
         lora_learning_rate: of the adapter's gated LoRA, with `muon`; None = the same.
+        router_learning_rate: of the adapter's router, with `muon`; None = `adapter_learning_rate`.
         progress: step -> how much of the run is over, 0 to 1, where that is not known in steps (a run of limited time).
             After `warmup_steps` the learning rate falls with it as a cosine does; None = as the arguments say.
         replay: evaluation also counts accepted lengths in trees, `eval_tree_accepted_length` and one for each task of the
@@ -80,15 +81,13 @@ class ConFuTrainer(Trainer):
         muon: bool = False,
         adapter_learning_rate: float | None = None,
         lora_learning_rate: float | None = None,
+        router_learning_rate: float | None = None,
         progress: Callable[[int], float] | None = None,
         replay: Replay | None = None,
         **kwargs: Any,
     ):
-        self.muon, self.adapter_learning_rate, self.lora_learning_rate = (
-            muon,
-            adapter_learning_rate,
-            lora_learning_rate,
-        )
+        self.muon, self.adapter_learning_rate = muon, adapter_learning_rate
+        self.lora_learning_rate, self.router_learning_rate = lora_learning_rate, router_learning_rate
         self.progress, self.replay, self._held_out = progress, replay, HeldOut([])
         kwargs.setdefault("compute_metrics", self._metrics)
         super().__init__(model, *args, **kwargs)
@@ -140,6 +139,7 @@ class ConFuTrainer(Trainer):
             lr=self.args.learning_rate,
             adapter_lr=self.adapter_learning_rate,
             lora_lr=self.lora_learning_rate,
+            router_lr=self.router_learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
             weight_decay=self.args.weight_decay,
