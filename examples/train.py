@@ -73,6 +73,9 @@ class ScriptArguments:
         default=False, metadata={"help": "split the target's layers among the processes: it does not fit one device"}
     )
     init_from: str | None = field(default=None, metadata={"help": "EAGLE-3 draft or ConFu pair to start from"})
+    adapter_from: str | None = field(
+        default=None, metadata={"help": "ConFu pair whose adapter is taken, where --init_from is an EAGLE-3 draft"}
+    )
     max_length: int = field(default=768, metadata={"help": "tokens per sequence, prompt included"})
     feature_store: str | None = field(default=None, metadata={"help": "folder to keep target features in"})
     store_caches: bool = field(default=False, metadata={"help": "keep the target's keys and values there, for confu"})
@@ -164,6 +167,7 @@ def main() -> None:
         rows,
         contemplate=arguments.stage == "confu",
         init_from=arguments.init_from,
+        adapter_from=arguments.adapter_from,
         draft_shape=draft_shape,
         adapter_shape=adapter_shape,
         always=end_ids,

@@ -125,16 +125,17 @@ def test_a_store_says_what_it_takes_and_has_a_limit(tmp_path):
 
 
 def test_a_stage_goes_on_from_what_it_is_given(tmp_path):
-    """Fresh; ConFu from EAGLE-3; a pair as it is; a pair that gets a gated LoRA."""
+    """Fresh; ConFu from EAGLE-3; a pair as it is; a pair that gets a gated LoRA; EAGLE-3 with a pair's adapter."""
     target = tiny_llama(dtype=torch.bfloat16)
 
-    def start(contemplate, init_from=None, **shape):
+    def start(contemplate, init_from=None, adapter_from=None, **shape):
         return starting_pair(
             ConFuAssistant,
             target,
             ROWS,
             contemplate=contemplate,
             init_from=init_from,
+            adapter_from=adapter_from,
             draft_shape=DraftShape(draft_vocab_size=40),
             adapter_shape=AdapterShape(num_virtual_tokens=3, num_experts=4, **shape),
         )
@@ -157,3 +158,10 @@ def test_a_stage_goes_on_from_what_it_is_given(tmp_path):
     assert target.confu.config.lora_rank == 2 and not weights["confu_lora_up"].any()
     assert all(torch.equal(weights[name], weight) for name, weight in kept.items())
     assert all(torch.equal(weight, confu.state_dict()[name]) for name, weight in more.state_dict().items())
+    more.save_pretrained(tmp_path / "more")
+    kept = {name: weight.clone() for name, weight in weights.items()}
+    more.detach()
+    other = start(True, str(tmp_path / "eagle3"), adapter_from=str(tmp_path / "more"), lora_rank=1)
+    assert torch.equal(other.fc.weight, eagle3.fc.weight) and target.confu.config.lora_rank == 2
+    weights = target.confu.adapter_weights(target.confu.current)
+    assert all(torch.equal(weights[name], weight) for name, weight in kept.items())

@@ -61,12 +61,14 @@ def replayed(
     chosen = (numbers >= 0).nonzero()[:, 0]
     if len(chosen):
         part = {name: states[chosen] for name, states in batch.items()}
-        for row, counts in zip(chosen.tolist(), replay.counts(_known_texts(module, part)), strict=True):
+        for row, counts in zip(chosen.tolist(), replay.counts(known_texts(module, part)), strict=True):
             totals[row] = torch.tensor([float(sum(counts)), float(len(counts))])
     return totals, numbers[:, None]
 
 
-def _known_texts(module: ConFuForTraining, batch: dict[str, Tensor]) -> KnownTexts:
+@torch.no_grad()
+def known_texts(module: ConFuForTraining, batch: dict[str, Tensor]) -> KnownTexts:
+    """What a replay reads, of a batch of `ConversationCollator`."""
     lengths = batch["attention_mask"].sum(-1)
     prompts = (batch["labels"] != IGNORED).int().argmax(-1)
     view = module.teacher.view(

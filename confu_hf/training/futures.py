@@ -104,8 +104,9 @@ def soft_prompts(target: PreTrainedModel) -> Tensor:
 
 def future_numerator(
     target: PreTrainedModel, draft: ConFuDraftModel, futures: RowFutures, view: TeacherView
-) -> Tensor:
-    """Sum over anchors `a` of KL(target at `a + 1` || the contemplate token after `a`, through the target's head).
+) -> tuple[Tensor, Tensor]:
+    """Sum over anchors `a` of KL(target at `a + 1` || the contemplate token after `a`, through the target's head), and
+    `(B, A)` bool which contemplate tokens named the target's choice.
 
     As for rows of the draft, an anchor whose target says a token that the draft does not have adds nothing.
     """
@@ -113,5 +114,6 @@ def future_numerator(
     used = (choices >= 0) & futures.anchors.exist
     head = head_rows(target, draft.draft_token_ids)
     weights = torch.ones(target_rows[used].shape, device=used.device)
-    loss, _ = linear_kl(futures.last[used], head, view.log_probs, view.choices, target_rows[used], weights)
-    return loss
+    right = torch.zeros_like(used)
+    loss, right[used] = linear_kl(futures.last[used], head, view.log_probs, view.choices, target_rows[used], weights)
+    return loss, right

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import refusal
@@ -43,6 +44,8 @@ class ConFuTrainingObjective:
         future_weight: weight of a loss beyond the paper's: the contemplate token itself, through the target's head,
             should predict what the target says one position on. It tells soft prompts and experts from the first step
             what the draft asks of them only once it has learned to listen.
+        adapter_alone: that loss alone; the draft is neither run nor changed. The "accepted length" is then 1 and the share
+            of contemplate tokens that name the target's choice.
     """
 
     ttt_steps: int = 4
@@ -53,6 +56,7 @@ class ConFuTrainingObjective:
     replication: int = 4
     max_lag: int = 6
     future_weight: float = 0.0
+    adapter_alone: bool = False
 
     def __post_init__(self):
         if self.deep_rows not in DEEP_ROWS:
@@ -94,6 +98,8 @@ class ConFuForTraining(nn.Module):
         self.objective = objective or ConFuTrainingObjective()
         for name, parameter in target.named_parameters():
             parameter.requires_grad_("confu_" in name)
+        if self.objective.adapter_alone:
+            draft.requires_grad_(False)
         leave_shards_to_fsdp(self)
 
     def train(self, mode: bool = True) -> ConFuForTraining:
@@ -132,16 +138,26 @@ class ConFuForTraining(nn.Module):
         embed = self.draft.input_embeddings(self.target.get_input_embeddings())
         token_embeds, hidden_states = embed(input_ids).to(features.dtype), self.draft.fuse(features)
         futures = self._row_futures(view, hidden_states, rows) if contemplate else None
+        if self.objective.adapter_alone:
+            return self._adapter_alone(futures, rows, view)
         unroll = DraftUnroll(self.draft, token_embeds, hidden_states, rows, futures)
         numerators, correct, attempted = self._steps(unroll, rows, view)
         extra = numerators[0].new_zeros(())
         if futures is not None and self.training and self.objective.future_weight:
-            extra = self.objective.future_weight * future_numerator(self.target, self.draft, futures, view)
+            extra = self.objective.future_weight * future_numerator(self.target, self.draft, futures, view)[0]
         terms = LossTerms(torch.stack([*numerators, extra]), self._denominators(rows))
         # A row that was left out at random says nothing of its chain; one that went wrong says all.
         known = attempted if self.objective.deep_rows == "random" else rows.valid
         routers = {} if futures is None or not self.training else {"routers": futures.routers}
         return {**terms.outputs(), **_guesses(correct, attempted, known), **routers}
+
+    def _adapter_alone(self, futures: RowFutures, rows: DraftRows, view: TeacherView) -> dict[str, Tensor]:
+        """As [`forward`]'s; the contemplate tokens are the only guesses there are."""
+        numerator, right = future_numerator(self.target, self.draft, futures, view)
+        terms = LossTerms(F.pad(numerator[None], (self.objective.ttt_steps, 0)), self._denominators(rows))
+        exist = futures.anchors.exist[None]  # (1, B, A)
+        routers = {"routers": futures.routers} if self.training else {}
+        return {**terms.outputs(), **_guesses(right[None], exist, exist), **routers}
 
     def denominators(self, labels: Tensor) -> Tensor:
         """`(K + 1,)`: what the numerators of this batch are to be divided by, known before it has run."""

@@ -127,12 +127,12 @@ class MuonAdamW(torch.optim.Optimizer):
         router_lr = adapter_lr if router_lr is None else router_lr
         rates = ((others, None), (adapter, adapter_lr), (lora, lora_lr), (router, router_lr))
         groups = [{"params": part, "lr": lr if rate is None else rate} for part, rate in rates]
-        self.parts = [
-            Muon(matrices, lr=lr, weight_decay=weight_decay),
+        self.parts = [Muon(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
+        self.parts.append(
             torch.optim.AdamW(
                 [group for group in groups if group["params"]], betas=betas, eps=eps, weight_decay=weight_decay
-            ),
-        ]
+            )
+        )
         super().__init__(self._groups(), {})
         self.param_groups = self._groups()
 

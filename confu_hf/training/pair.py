@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ def starting_pair(
     *,
     contemplate: bool,
     init_from: str | None = None,
+    adapter_from: str | None = None,
     draft_shape: DraftShape | None = None,
     adapter_shape: AdapterShape | None = None,
     always: Iterable[int] = (),
@@ -120,6 +121,7 @@ def starting_pair(
         assistant_class: `ConFuAssistant`: knows files, and how to attach.
         contemplate: ConFu's stage or EAGLE-3's.
         init_from: EAGLE-3 draft or ConFu pair; None = from the target's own last layers.
+        adapter_from: a ConFu pair whose adapter this one starts with, as it is; its draft is not looked at.
         adapter_shape: of a new adapter. A pair that goes on keeps its own, but gets a gated LoRA if it has none and
             this asks for one.
         always: see [`fresh_draft`].
@@ -136,6 +138,9 @@ def starting_pair(
         draft = assistant_class.from_pretrained(init_from, dtype=torch.float32)
         if contemplate and not draft.config.contemplate:
             draft = confu_from_eagle3(assistant_class, draft)
+            if adapter_from is not None:
+                adapter = read_pair(adapter_from).adapter
+                shape, start = _shape_of(adapter.config), adapter.weights
         elif contemplate:
             adapter = read_pair(init_from).adapter
             if adapter.config.lora_rank or not shape.lora_rank:
@@ -156,6 +161,10 @@ def _trainable(draft: ConFuDraftModel) -> ConFuDraftModel:
     if draft.config.contemplate:
         draft.target.confu.float()
     return draft.float().to(draft.target.device)
+
+
+def _shape_of(config: ConFuAdapterConfig) -> AdapterShape:
+    return AdapterShape(**{entry.name: getattr(config, entry.name) for entry in fields(AdapterShape)})
 
 
 def _with_low_rank(config: ConFuAdapterConfig, shape: AdapterShape) -> AdapterShape:
