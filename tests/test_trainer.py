@@ -349,3 +349,20 @@ def test_tensorboard_gets_what_is_logged(tmp_path, monkeypatch):
     for name in ("loss", "train_accepted_length", "answer_tokens_seen", "router_future_entropy"):
         values = [event.value for event in events.Scalars(f"train/{name}")]
         assert values == pytest.approx(logged(trainer, name), rel=1e-6)
+
+
+def test_batches_are_of_like_length_by_what_a_step_costs(tmp_path):
+    """While the target reads along, prompts count; from a filled store, answers alone do."""
+    trainer = make_trainer(tmp_path, contemplate=False)
+    totals, answers = [length for _, length in SEQUENCES], [length - prompt for prompt, length in SEQUENCES]
+    order = trainer._get_train_sampler()
+    assert order.first.lengths == order.sampler.lengths == totals
+    trainer.model.teacher.store = "a store"
+    order = trainer._get_train_sampler()
+    assert order.first.lengths == totals and order.sampler.lengths == answers
+    for epoch, expected in ((0, order.first), (1, order.sampler)):
+        order.set_epoch(epoch)
+        seen = list(order)
+        assert sorted(seen) == list(range(len(SEQUENCES)))
+        expected.generator.manual_seed(trainer.args.seed + epoch)
+        assert seen == list(expected)

@@ -40,10 +40,13 @@ class EpochOrder(Sampler):
 
     The `Trainer`'s groups by length with the global random stream: resumed in a later epoch, a run would go through
     that epoch in the order of the first.
+
+    Args:
+        sampler: of every epoch. first: of the first one instead.
     """
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: int):
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, first: LengthGroupedSampler | None = None):
+        self.sampler, self.first, self.seed, self.epoch = sampler, first or sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -52,8 +55,9 @@ class EpochOrder(Sampler):
         return len(self.sampler)
 
     def __iter__(self):
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.sampler)
+        sampler = self.sampler if self.epoch else self.first
+        sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(sampler)
 
 
 class ConFuTrainer(Trainer):
@@ -121,14 +125,14 @@ class ConFuTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         # By what a step costs. The target reads prompts too, and padding is as dear to it as text: one total length.
-        # With a store it seldom runs, and the rows of the answers are all that counts.
+        # Once a store is filled it does not run, and the rows of the answers are all that counts.
         # All that one step of the optimizer sees, in all processes, is of one length.
         rows, args = train_dataset or self.train_dataset, self.args
         stored = self.accelerator.unwrap_model(self.model).teacher.store is not None
-        lengths = answer_lengths(rows) if stored else total_lengths(rows)
         group = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        sampler = LengthGroupedSampler(group, lengths=lengths)
-        return EpochOrder(sampler, args.seed if args.data_seed is None else args.data_seed)
+        by_total = LengthGroupedSampler(group, lengths=total_lengths(rows))
+        sampler = LengthGroupedSampler(group, lengths=answer_lengths(rows)) if stored else by_total
+        return EpochOrder(sampler, args.seed if args.data_seed is None else args.data_seed, first=by_total)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.muon or self.optimizer is not None:
