@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -83,7 +84,12 @@ def test_all_stages_give_a_pair_and_its_baseline(tmp_path, tokenizer):
     found = recipe.run()
     stages = json.loads((tmp_path / "recipe.json").read_text())["stages"]
     assert list(stages) == list(SHARES["confu"]) and all(stage["done"] for stage in stages.values())
-    assert stages["confu"]["steps"] == stages["twin"]["steps"] >= 1
+    assert stages["confu"]["steps"] == stages["twin"]["steps"] >= 1 and stages["adapter"]["steps"] >= 1
+    alone, start = (
+        load_file(tmp_path / "adapter" / "model.safetensors"),
+        load_file(tmp_path / "eagle3" / "model.safetensors"),
+    )
+    assert all(torch.equal(alone[name], weight) for name, weight in start.items()), "the draft learned in its stage"
     assert stages["regenerate"]["answers"] >= 10 and stages["eagle3"]["answer_tokens_seen"] > 0
     assert found["accepted"].keys() == {"eagle3", "confu", "confu, f masked"} and found["sequences"] == 3
     assert all(1 <= value <= 4 for metrics in found["accepted"].values() for value in metrics.values())

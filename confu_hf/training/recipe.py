@@ -1,11 +1,12 @@
-"""A pair for a target within a given time: answers, EAGLE-3, ConFu, EAGLE-3's twin, evaluation, as stages.
+"""A pair for a target within a given time: answers, EAGLE-3, adapter, ConFu, EAGLE-3's twin, evaluation, as stages.
 
 Every stage can be interrupted and goes on where it was; what is done is in `recipe.json` of the folder (budget.py). What a
 stage computes at once follows from the device (sizes.py). The assistant's class, which decoding belongs to, is handed in.
 
     regenerate   the target answers prompts, in random order, until its time is over        answers.jsonl
     eagle3       a draft from the target's own last layers learns from them                  eagle3/
-    confu        that draft goes on, with an adapter                                         confu/
+    adapter      contemplate tokens learn what the target says one position on, no draft     adapter/
+    confu        that draft goes on, with this adapter, and both learn                       confu/
     twin         that draft goes on without one, for as many steps: the fair baseline        twin/
     evaluate     both in trees over held-out greedy answers, by task; ConFu with `f` masked  results of recipe.json
 
@@ -47,9 +48,10 @@ logger = logging.get_logger(__name__)
 
 SHARES = {
     "eagle3": {"regenerate": 0.3, "eagle3": 0.6, "evaluate": 0.1},
-    "confu": {"regenerate": 0.25, "eagle3": 0.3, "confu": 0.2, "twin": 0.15, "evaluate": 0.1},
+    "confu": {"regenerate": 0.25, "eagle3": 0.25, "adapter": 0.1, "confu": 0.2, "twin": 0.1, "evaluate": 0.1},
 }
 CHECKPOINTS_PER_STAGE = 5
+ANCHORS_ALONE = 4  # times as many contemplate tokens where no draft runs
 EVALUATED_TOGETHER = 8  # sequences: rounds of several cost little more than rounds of one
 
 
@@ -72,7 +74,7 @@ class RecipeOptions:
     store_limit: float = 20.0  # gigabytes on disk for what the target says
     seed: int = 0
     draft: DraftShape = field(default_factory=lambda: DraftShape(feedback_after_norm=True, fc_norm=True))
-    adapter: AdapterShape = field(default_factory=AdapterShape)
+    adapter: AdapterShape = field(default_factory=lambda: AdapterShape(lora_rank=16))
     objective: ConFuTrainingObjective = field(
         default_factory=lambda: ConFuTrainingObjective(
             deep_rows="survivors", num_anchors=16, max_lag=4, future_weight=0.3
@@ -156,8 +158,13 @@ class Recipe:
     def _eagle3(self, clock: StageClock) -> None:
         self._train(clock, contemplate=False, decays=self.options.recipe == "eagle3")
 
+    def _adapter(self, clock: StageClock) -> None:
+        objective = self.options.objective
+        alone = replace(objective, adapter_alone=True, num_anchors=ANCHORS_ALONE * objective.num_anchors)
+        self._train(clock, contemplate=True, init_from=self.folder / "eagle3", objective=alone)
+
     def _confu(self, clock: StageClock) -> None:
-        self._train(clock, contemplate=True, init_from=self.folder / "eagle3")
+        self._train(clock, contemplate=True, init_from=self.folder / "eagle3", adapter_from=self.folder / "adapter")
 
     def _twin(self, clock: StageClock) -> None:
         steps = self.budget.results("confu")["steps"]
@@ -181,6 +188,8 @@ class Recipe:
         *,
         contemplate: bool,
         init_from: Path | None = None,
+        adapter_from: Path | None = None,
+        objective: ConFuTrainingObjective | None = None,
         steps: int | None = None,
         decays: bool = True,
     ) -> None:
@@ -193,13 +202,14 @@ class Recipe:
             rows,
             contemplate=contemplate,
             init_from=None if init_from is None else str(init_from),
+            adapter_from=None if adapter_from is None else str(adapter_from),
             draft_shape=options.draft,
             adapter_shape=options.adapter,
             always=[self.tokenizer.eos_token_id],
         )
         folder = self.folder / clock.name
         trainer = ConFuTrainer(
-            ConFuForTraining(self.target, draft, options.objective, self._store(draft, rows, held_out)),
+            ConFuForTraining(self.target, draft, objective or options.objective, self._store(draft, rows, held_out)),
             self._arguments(folder),
             train_dataset=rows,
             data_collator=self._collator(),
