@@ -15,10 +15,11 @@ from simulated_rounds import Simulation
 from tiny_models import tiny_llama
 
 from confu_hf.acceleration.costs import CostModel
-from confu_hf.decoding.cost_policy import REFRESH, CostPolicy, best_number, probabilities, ranked
+from confu_hf.decoding.cost_policy import REFRESH, CostPolicy
 from confu_hf.decoding.experience import WINDOW, Calibration, Experience, FutureValue
-from confu_hf.decoding.stats import Forecast
+from confu_hf.decoding.stats import PHASES, Forecast, RoundRecord, Tally
 from confu_hf.decoding.sweep import Bench
+from confu_hf.decoding.weighing import best_number, probabilities, ranked
 from confu_hf.options import TreeOptions
 from confu_hf.tree.draft_tree import DraftTree
 from confu_hf.tree.pruning import prune
@@ -132,10 +133,12 @@ def test_a_step_of_the_cost_curve_is_jumped_over():
 def test_probabilities_multiply_from_the_root_down():
     log_probs = torch.tensor([0.0, 0.5, 0.25, 0.5 * 0.8]).log().tolist()
     log_probs[0] = 0.0
-    drafted, expected, joint = probabilities(log_probs, [-1, 0, 0, 1], [0, 1, 1, 2], lambda p, depth: p / depth)
+    tree = ([-1, 0, 0, 1], [0, 1, 1, 2], [0, 0, 1, 0])
+    calibrate = lambda p, depth, looked_up: p / (5 if looked_up else depth)  # noqa: E731
+    drafted, expected, joint = probabilities(log_probs, *tree, calibrate)
     assert drafted == pytest.approx([1, 0.5, 0.25, 0.8])
-    assert expected == pytest.approx([1, 0.5, 0.25, 0.4])
-    assert joint == pytest.approx([1, 0.5, 0.25, 0.2])
+    assert expected == pytest.approx([1, 0.5, 0.05, 0.4])
+    assert joint == pytest.approx([1, 0.5, 0.05, 0.2])
     assert ranked([1.0, 0.5, 0.5, 0.7]) == [0, 3, 1, 2]
 
 
@@ -154,7 +157,7 @@ def test_pruning_keeps_a_tree():
 
 
 def test_a_forecast_tells_only_of_nodes_whose_parent_was_accepted():
-    forecast = Forecast((-1, 0, 0, 1, 2), (0, 1, 1, 2, 2), (1.0,) * 5, (1.0,) * 5)
+    forecast = Forecast((-1, 0, 0, 1, 2), (0, 1, 1, 2, 2), (1.0,) * 5, (1.0,) * 5, (False,) * 5)
     assert forecast.outcomes((0, 2)) == [(1, False), (2, True), (4, False)]
 
 
@@ -173,6 +176,35 @@ def test_calibration_learns_per_depth_and_confidence_and_forgets():
     assert calibration(0.7, 1) > 0.65
     calibration.fade(0.0)
     assert calibration(0.7, 2) == 0.7
+
+
+def test_what_was_looked_up_is_calibrated_apart():
+    """A network that is always wrong beside a lookup that is always right, both sure of themselves at first."""
+    policy = CostPolicy(TreeOptions(total_tokens=2, depth=1, top_k=1, contemplate=False), Experience())
+    policy.costs = CostModel({1: 1.0, 8: 1.001}, draft_step=0.0, learns=False)
+    tree = DraftTree(
+        tokens=torch.tensor([[1, 2, 3]]),
+        parents=torch.tensor([[-1, 0, 0]]),
+        depths=torch.tensor([[0, 1, 1]]),
+        log_probs=torch.tensor([[1.0, 0.55, 0.45]]).log(),
+        looked_up=torch.tensor([[False, False, True]]),
+    )
+    state = SimpleNamespace(input_ids=torch.zeros(1, 1), lengths=(9,), finished=(False,), max_length=None)
+    history = []
+    for _ in range(60):
+        policy.plan(state, history)
+        chosen = policy.prune(state, tree, steps=1)
+        path = tuple(node for node, token in enumerate(chosen.tree.tokens[0].tolist()) if token != 2)
+        seconds = {name: 0.2 for name in PHASES}
+        history.append(
+            RoundRecord((len(path),), chosen.tree.tokens.shape[1], 0, seconds, (path,), (False,), (), chosen.forecasts)
+        )
+    policy.plan(state, history)
+    assert policy.calibration(0.55, 1) < 0.1 and policy.experience.lookup(0.45, 1) > 0.8
+    assert policy.layers[0].value < 0.2, "what the network brings at this depth"
+    stats = Tally(records=history).stats(0)
+    assert max(found.observed for found in stats.reliability) == 0
+    assert min(found.observed for found in stats.lookup_reliability) == 1
 
 
 def test_the_worth_of_a_future_moves_slowly_from_what_is_believed_at_first():
@@ -197,7 +229,7 @@ def test_a_contemplate_token_only_where_it_pays(worth, expected):
     policy.rounds = 1
     policy.plan(SimpleNamespace(input_ids=torch.zeros(1, 1), lengths=(9,), finished=(False,), max_length=None), [])
     policy.round.best = best_number([0.7], 1, 1, lambda nodes: 1.0 + nodes / 10)
-    forecast = Forecast((-1, 0), (0, 1), (1.0, 0.7), (1.0, 0.7))
+    forecast = Forecast((-1, 0), (0, 1), (1.0, 0.7), (1.0, 0.7), (False, False))
     assert policy._contemplate_tokens(1, [forecast], [[1.0, 0.7]]) == expected
 
 

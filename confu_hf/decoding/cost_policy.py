@@ -8,7 +8,7 @@ On a GPU the depth is decided beforehand and the tree is read back once, so the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from .policy import Chosen, RoundPlan, depth_left
 from .state import DecodingState
 from .stats import Forecast, RoundRecord
 from .sweep import Bench
+from .weighing import Best, best_number, conditional, forecast_of, probabilities, ranked
 
 # A plain round is timed anew after so many others: without it nobody knows what drafting is compared with.
 REFRESH = 128
@@ -34,58 +35,6 @@ FIRST_GAIN, GAIN_MEMORY, LEAST_GAIN = 0.25, 8, -0.25
 FIRST_PAUSE, PROBE_SHARE, PROBE_NODES, FADE = 4, 0.0075, 4, 0.25
 # Where contemplate tokens are not worth their rows, one is run now and then all the same, to learn of their worth.
 EXPLORE = 32
-
-
-def at_its_word(probability: float, depth: int) -> float:
-    """The draft taken at its word."""
-    return probability
-
-
-def probabilities(
-    log_probs: Sequence[float], parents: Sequence[int], depths: Sequence[int], calibrate: Callable[[float, int], float]
-) -> tuple[list[float], list[float], list[float]]:
-    """Of the nodes of one tree: the draft's conditional probabilities, the expected ones, and the products of these
-    from the root down. Parents come before their children; entry 0 is the root."""
-    drafted, expected, joint = [1.0], [1.0], [1.0]
-    for node in range(1, len(log_probs)):
-        parent = parents[node]
-        drafted.append(math.exp(min(0.0, log_probs[node] - log_probs[parent])))
-        expected.append(calibrate(drafted[node], depths[node]))
-        joint.append(joint[parent] * expected[node])
-    return drafted, expected, joint
-
-
-def ranked(joint: Sequence[float]) -> list[int]:
-    """Nodes, best first. Among equals the earlier one, so a parent is before its children: every cut is a tree."""
-    return sorted(range(len(joint)), key=joint.__getitem__, reverse=True)
-
-
-@dataclass(frozen=True)
-class Best:
-    """The number of nodes of each batch row that brings the most tokens a second: `nodes`, the root not counted,
-    with the `tokens` expected of all rows and the `seconds` of the round."""
-
-    nodes: int
-    tokens: float
-    seconds: float
-
-
-def best_number(gains: Sequence[float], limit: int, active: int, seconds: Callable[[int], float]) -> Best:
-    """Every number of nodes is looked at: the cost of a pass has steps.
-
-    Args:
-        gains: tokens expected of the first, second, ... node, of all batch rows together.
-        limit: the most nodes. active: batch rows that have not ended, each sure of one token.
-        seconds: of a round with so many nodes.
-    """
-    best = Best(0, float(active), seconds(0))
-    tokens = best.tokens
-    for number, gain in enumerate(gains[:limit], 1):
-        tokens += gain
-        cost = seconds(number)
-        if tokens * best.seconds > best.tokens * cost:
-            best = Best(number, tokens, cost)
-    return best
 
 
 @dataclass
@@ -183,13 +132,12 @@ class CostPolicy:
 
         The next layer is expected to keep as much of this one as this one kept of the layer before.
         """
-        this, calibrate = self.round, self._calibrate()
+        this = self.round
         known = len(this.joint[0])
         for row, (row_parents, row_log_probs) in enumerate(zip(parents.tolist(), log_probs.tolist(), strict=True)):
             joint, past = this.joint[row], this.log_probs[row]
             for parent, log_prob in zip(row_parents, row_log_probs, strict=True):
-                conditional = math.exp(min(0.0, log_prob - past[parent]))
-                joint.append(joint[parent] * calibrate(conditional, this.steps))
+                joint.append(joint[parent] * self._calibrate(conditional(log_prob, past[parent]), this.steps))
             past += row_log_probs
         best = self._best(this.joint)
         layer = 0.0
@@ -231,12 +179,12 @@ class CostPolicy:
         this.steps = steps
         if steps == 0 and tree.tokens.shape[1] == 1:
             return Chosen(tree, 0)
-        numbers = torch.stack([tree.parents.double(), tree.depths.double(), tree.log_probs.double()], dim=1).tolist()
+        columns = (tree.parents, tree.depths, tree.looked_up, tree.log_probs)
         rows = []
-        for parents, depths, log_probs in numbers:  # of each batch row
-            parents, depths = [int(parent) for parent in parents], [int(depth) for depth in depths]
-            drafted, expected, joint = probabilities(log_probs, parents, depths, self._calibrate())
-            rows.append((parents, depths, drafted, expected, self._above_threshold(joint, log_probs)))
+        for *whole, log_probs in torch.stack([column.double() for column in columns], dim=1).tolist():  # batch rows
+            shape = [[int(number) for number in numbers] for numbers in whole]
+            drafted, expected, joint = probabilities(log_probs, *shape, self._calibrate)
+            rows.append((*shape, drafted, expected, self._above_threshold(joint, log_probs)))
         joints = [row[-1] for row in rows]
         this.best = self._best(joints)
         most = tree.tokens.shape[1] - 1
@@ -244,7 +192,7 @@ class CostPolicy:
         kept = [sorted(ranked(joint)[: number + 1]) for joint in joints]
         if number < most:
             tree = prune(tree, torch.tensor(kept, device=tree.tokens.device))
-        forecasts = tuple(_forecast(nodes, *row[:-1]) for nodes, row in zip(kept, rows, strict=True))
+        forecasts = tuple(forecast_of(nodes, *row[:-1]) for nodes, row in zip(kept, rows, strict=True))
         joints = [[joint[node] for node in nodes] for nodes, joint in zip(kept, joints, strict=True)]
         self._remember_layers(forecasts, joints)
         return Chosen(tree, self._contemplate_tokens(number, forecasts, joints), forecasts)
@@ -257,8 +205,8 @@ class CostPolicy:
     def _remember_layers(self, forecasts: Sequence[Forecast], joints: Sequence[Sequence[float]]) -> None:
         tokens = [0.0] * self.round.steps
         for forecast, joint, active in zip(forecasts, joints, self.round.active, strict=True):
-            for depth, probability in zip(forecast.depths[1:], joint[1:], strict=True):
-                if depth <= len(tokens):  # deeper ones were looked up
+            for depth, looked_up, probability in zip(forecast.depths, forecast.looked_up, joint, strict=True):
+                if depth and not looked_up:
                     tokens[depth - 1] += probability * active
         self.layers += [RunningMean() for _ in range(len(tokens) - len(self.layers))]
         for layer, value in zip(self.layers, tokens, strict=False):
@@ -300,7 +248,8 @@ class CostPolicy:
         for forecast, path, ended in zip(record.forecasts, record.path, record.ended, strict=False):
             # Where a text ended, nobody was asked about the children of its last node.
             for node, accepted in forecast.outcomes(path) if not ended else ():
-                self.calibration.learn(forecast.drafted[node], forecast.depths[node], accepted)
+                calibration = self.experience.lookup if forecast.looked_up[node] else self.calibration
+                calibration.learn(forecast.drafted[node], forecast.depths[node], accepted)
         if this.steps:  # what was looked up cost nothing, and says nothing of the network
             self._weigh(record.accepted, rows)
             learns = self.options.contemplate and not this.probe
@@ -334,8 +283,11 @@ class CostPolicy:
         elif self.gain.value <= 0:
             self.wait = self.pause
 
-    def _calibrate(self) -> Callable[[float, int], float]:
-        return at_its_word if self.round.probe else self.calibration
+    def _calibrate(self, probability: float, depth: int, looked_up: bool = False) -> float:
+        """[`weighing.Calibrate`]; a probe takes the draft at its word."""
+        if looked_up:
+            return self.experience.lookup(probability, depth)
+        return probability if self.round.probe else self.calibration(probability, depth)
 
     def _best(self, joints: Sequence[Sequence[float]]) -> Best:
         """The number of nodes that pays, of each row the best ones."""
@@ -362,16 +314,3 @@ class CostPolicy:
         """Of a round without its drafting, with so many drafted nodes and contemplate tokens in each batch row."""
         rows = len(self.round.active) * (1 + nodes + contemplate_tokens)
         return self.costs.verify(rows, self.round.context)
-
-
-def _forecast(
-    kept: list[int], parents: list[int], depths: list[int], drafted: list[float], expected: list[float]
-) -> Forecast:
-    """Of the kept nodes of a tree, renumbered."""
-    places = {-1: -1} | {node: place for place, node in enumerate(kept)}
-    return Forecast(
-        parents=tuple(places[parents[node]] for node in kept),
-        depths=tuple(depths[node] for node in kept),
-        drafted=tuple(drafted[node] for node in kept),
-        expected=tuple(expected[node] for node in kept),
-    )

@@ -97,13 +97,16 @@ class Experience:
 
     Attributes:
         given: costs of the user, used instead of measured ones.
-        costs: measured, by what they depend on. calibrations: with contemplation, and without. future: see there.
+        costs: measured, by what they depend on. calibrations: of the network, with contemplation and without. lookup: the
+            calibration of what was looked up, which knows its odds (matches.py), but not what the network said beside it.
+        future: see there.
         rounds_since_plain: rounds since a plain one was timed.
     """
 
     given: CostModel | None = None
     costs: dict[CostKey, CostModel] = field(default_factory=dict)
     calibrations: dict[bool, Calibration] = field(default_factory=lambda: {True: Calibration(), False: Calibration()})
+    lookup: Calibration = field(default_factory=Calibration)
     future: FutureValue = field(default_factory=FutureValue)
     rounds_since_plain: int = 0
 

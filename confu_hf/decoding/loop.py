@@ -132,7 +132,8 @@ class Decoder:
         seconds = self.stopwatch.read()
         # From here on a GPU has nothing left to do, and reading from it waits for nothing.
         path = acceptance.nodes
-        contemplated = layout.contemplate_nodes.tolist()
+        flags = torch.cat([chosen.tree.looked_up.long(), layout.contemplate_nodes], dim=1).tolist()
+        contemplated = [row[layout.tokens.shape[1] :] for row in flags]
         return RoundRecord(
             accepted=acceptance.counts,
             nodes=layout.tokens.shape[1],
@@ -142,6 +143,7 @@ class Decoder:
             ended=acceptance.finished,
             fresh=tuple(row[-1] in nodes if row else False for row, nodes in zip(path, contemplated, strict=True)),
             forecasts=chosen.forecasts,
+            looked_up=tuple(sum(row[node] for node in nodes) for row, nodes in zip(flags, path, strict=True)),
         )
 
     def _layout(self, tree: DraftTree, contemplate_tokens: int | None, state: DecodingState) -> VerifyLayout:

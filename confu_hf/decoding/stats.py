@@ -22,12 +22,14 @@ class Forecast:
         parents, depths: as in `DraftTree`.
         drafted: the draft's probability of a node, once its parent is accepted; 1 for the root.
         expected: the same as calibrated by what was accepted before.
+        looked_up: as in `DraftTree`.
     """
 
     parents: tuple[int, ...]
     depths: tuple[int, ...]
     drafted: tuple[float, ...]
     expected: tuple[float, ...]
+    looked_up: tuple[bool, ...]
 
     def outcomes(self, path: tuple[int, ...]) -> list[tuple[int, bool]]:
         """Nodes whose parent was accepted, and whether they were: of the others nothing was learned."""
@@ -47,6 +49,7 @@ class RoundRecord:
         ended: whether a row ended in this round, or before.
         fresh: whether a row's last accepted node carried a contemplate token of its own.
         forecasts: what the policy expected, by batch row; empty if it calculated nothing.
+        looked_up: how many of the accepted tokens were drafted by lookup, by batch row.
     """
 
     accepted: tuple[int, ...]
@@ -57,6 +60,7 @@ class RoundRecord:
     ended: tuple[bool, ...] = ()
     fresh: tuple[bool, ...] = ()
     forecasts: tuple[Forecast, ...] = ()
+    looked_up: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,10 @@ class GenerationStats:
         acceptance_by_depth: share of rounds whose accepted path reached depth 1, 2, ...
         verified_nodes: tree nodes that went through the target, roots included.
         contemplate_tokens: contemplate tokens that went through the target.
+        looked_up_tokens: emitted tokens that were drafted by lookup.
         seconds_draft, seconds_verify, seconds_rest: wall time (the rest: prefill, acceptance, caches).
-        reliability: how often drafted nodes were accepted, beside how often they were expected to be.
+        reliability: how often nodes that the network drafted were accepted, beside how often they were expected to be.
+        lookup_reliability: the same of nodes that were looked up.
         compiled: whether the target computed with what `confu.compile()` built; if not, `not_compiled_because` says why.
         records: one per round.
     """
@@ -84,6 +90,8 @@ class GenerationStats:
     seconds_verify: float
     seconds_rest: float
     reliability: tuple[ReliabilityBin, ...] = ()
+    lookup_reliability: tuple[ReliabilityBin, ...] = ()
+    looked_up_tokens: int = 0
     compiled: bool = False
     not_compiled_because: str | None = None
     records: tuple[RoundRecord, ...] = field(default=(), repr=False)
@@ -147,15 +155,18 @@ class Tally:
             seconds_draft=seconds["draft"],
             seconds_verify=seconds["verify"],
             seconds_rest=elapsed - seconds["draft"] - seconds["verify"],
-            reliability=reliability(self._outcomes()),
+            reliability=reliability(self._outcomes(looked_up=False)),
+            lookup_reliability=reliability(self._outcomes(looked_up=True)),
+            looked_up_tokens=sum(sum(record.looked_up) for record in self.records),
             records=tuple(self.records),
         )
 
-    def _outcomes(self) -> list[tuple[float, bool]]:
-        """Every node whose parent was accepted: the probability expected, and whether it was accepted."""
+    def _outcomes(self, looked_up: bool) -> list[tuple[float, bool]]:
+        """Every node of one origin whose parent was accepted: the probability expected, and whether it was accepted."""
         return [
             (forecast.expected[node], accepted)
             for record in self.records
             for forecast, path in zip(record.forecasts, record.path, strict=False)
             for node, accepted in forecast.outcomes(path)
+            if forecast.looked_up[node] == looked_up
         ]

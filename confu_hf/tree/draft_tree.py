@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,18 +19,23 @@ class DraftTree:
         parents: (B, T+1) long, node index of each node's parent; -1 for the root, and `parents[b, i] < i`.
         depths: (B, T+1) long, distance from the root.
         log_probs: (B, T+1) float, joint log-probability of the path from the root under the draft; root 0.0.
+        looked_up: (B, T+1) bool, True where the probability is of what followed earlier in the text, not of a network;
+            None becomes False everywhere.
 
     Raises:
-        ValueError: if the four shapes differ.
+        ValueError: if the shapes differ.
     """
 
     tokens: Tensor
     parents: Tensor
     depths: Tensor
     log_probs: Tensor
+    looked_up: Tensor | None = None
 
     def __post_init__(self):
-        shapes = {name: tuple(getattr(self, name).shape) for name in ("tokens", "parents", "depths", "log_probs")}
+        if self.looked_up is None:
+            object.__setattr__(self, "looked_up", torch.zeros_like(self.tokens, dtype=torch.bool))
+        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
         if len(set(shapes.values())) != 1 or self.tokens.dim() != 2 or self.tokens.shape[1] == 0:
             raise refusal(
                 "DraftTree",
