@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import refusal
+
+TENSORS = ("tokens", "parents", "depths", "log_probs", "looked_up")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class DraftTree:
     def __post_init__(self):
         if self.looked_up is None:
             object.__setattr__(self, "looked_up", torch.zeros_like(self.tokens, dtype=torch.bool))
-        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        shapes = {name: tuple(getattr(self, name).shape) for name in TENSORS}
         if len(set(shapes.values())) != 1 or self.tokens.dim() != 2 or self.tokens.shape[1] == 0:
             raise refusal(
                 "DraftTree",
@@ -43,6 +45,12 @@ class DraftTree:
                 expected="all of them equal, (batch, nodes) with nodes >= 1",
                 fix="Give one number per node.",
             )
+
+    def to(self, device: torch.device) -> DraftTree:
+        """The same trees on `device`; a copy from the host to a GPU is not waited for."""
+        if self.tokens.device == device:
+            return self
+        return DraftTree(**{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
 
     def ancestor_mask(self) -> Tensor:
         """(B, T+1, T+1) bool: `[b, i, j]` is True if node j is node i or one of its ancestors."""

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import torch
-
+from .. import host
 from ..errors import refusal
-from .draft_tree import DraftTree
+from .draft_tree import TENSORS, DraftTree
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,6 @@ class Chain:
             )
 
 
-NAMES = tuple(field.name for field in fields(DraftTree))
-
-
 @dataclass
 class _Nodes:
     """One tree as lists, in the order of its nodes; 0 is the root."""
@@ -62,7 +58,7 @@ def graft(
 
     A chain shares the nodes that the tree has already. A node that both propose gets the greater of the two conditional
     probabilities, and what lies below it rises with it. New nodes stand behind the tree's, and parents before their
-    children, so a parent is never left out for its child.
+    children, so a parent is never left out for its child. The whole lies on the host.
 
         root - a - b          and the chain a - c      gives      root - a - b
                                                                           \\ - c
@@ -89,7 +85,7 @@ def graft(
     if not any(chains) and tree.tokens.shape[1] <= total_tokens + 1:
         return tree
     floor = math.log(confidence_threshold) if confidence_threshold > 0 else -math.inf
-    rows = zip(*(getattr(tree, name).tolist() for name in NAMES), strict=True)
+    rows = zip(*(column.tolist() for column in host.read(*(getattr(tree, name) for name in TENSORS))), strict=True)
     kept = []
     for row, row_chains in zip(rows, chains, strict=True):
         nodes = _Nodes(*row)
@@ -156,5 +152,5 @@ def _as_tree(rows: list[_Nodes], like: DraftTree) -> DraftTree:
         row.log_probs += [-math.inf] * missing
         row.looked_up += [False] * missing
     return DraftTree(
-        **{name: torch.tensor([getattr(row, name) for row in rows]).to(getattr(like, name)) for name in NAMES}
+        **{name: host.hold([getattr(row, name) for row in rows], getattr(like, name).dtype) for name in TENSORS}
     )
