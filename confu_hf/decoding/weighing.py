@@ -42,30 +42,57 @@ def ranked(joint: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Best:
-    """The number of nodes of each batch row that brings the most tokens a second: `nodes`, the root not counted,
-    with the `tokens` expected of all rows and the `seconds` of the round."""
+    """The numbers of nodes and of contemplate tokens of each batch row that bring the most tokens a second: `nodes`, the
+    root not counted, with the `tokens` expected of all rows in this round and its `seconds`."""
 
     nodes: int
     tokens: float
     seconds: float
+    contemplate_tokens: int = 0
 
 
-def best_number(gains: Sequence[float], limit: int, active: int, seconds: Callable[[int], float]) -> Best:
-    """Every number of nodes is looked at: the cost of a pass has steps.
+def best_number(
+    gains: Sequence[float],
+    limit: int,
+    active: int,
+    seconds: Callable[[int], float],
+    futures: Sequence[Sequence[float]] = (),
+) -> Best:
+    """Every number of nodes is looked at: the cost of a pass has steps. Nodes and contemplate tokens share the rows up to
+    the next step, so they are chosen together.
 
     Args:
         gains: tokens expected of the first, second, ... node, of all batch rows together.
         limit: the most nodes. active: batch rows that have not ended, each sure of one token.
-        seconds: of a round with so many nodes.
+        seconds: of a round with so many rows beside the root, for each batch row.
+        futures: for 0, 1, ... nodes, the tokens that 1, 2, ... contemplate tokens bring to the next round; never falling.
     """
-    best = Best(0, float(active), seconds(0))
-    tokens = best.tokens
-    for number, gain in enumerate(gains[:limit], 1):
-        tokens += gain
-        cost = seconds(number)
-        if tokens * best.seconds > best.tokens * cost:
-            best = Best(number, tokens, cost)
+    tokens, best, value = float(active), Best(0, float(active), seconds(0)), float(active)
+    for number in range(min(limit, len(gains)) + 1):
+        tokens += gains[number - 1] if number else 0.0
+        brought = (0.0, *futures[number]) if futures else (0.0,)
+        for count, more in enumerate(brought):
+            cost = seconds(number + count)
+            if (tokens + more) * best.seconds > value * cost:
+                best, value = Best(number, tokens, cost, count), tokens + more
+            elif (tokens + brought[-1]) * best.seconds <= value * cost:
+                break  # further ones cost no less
     return best
+
+
+def ends_by_size(joint: Sequence[float], parents: Sequence[int], limit: int) -> list[list[float]]:
+    """For the trees of the best 0, 1, ... `limit` nodes, the chances that a walk ends at a node, the likeliest first.
+
+    A walk ends at a node if it gets there and to none of its children in the tree: adding a child takes its chance away
+    from its parent.
+    """
+    ends, sizes = {}, []
+    for node in ranked(joint)[: limit + 1]:
+        ends[node] = joint[node]
+        if node:
+            ends[parents[node]] -= joint[node]
+        sizes.append(sorted((max(0.0, chance) for chance in ends.values()), reverse=True))
+    return sizes
 
 
 def forecast_of(
