@@ -43,7 +43,12 @@ def report(records: Records, methods: Sequence[str]) -> dict[str, Any]:
         "round_ms": {method: round_budget(records, method) for method in with_rounds},
         "acceptance_by_depth": {method: _by_depth(records, method) for method in with_rounds},
         "verify_ms_by_rows": {method: _verify_by_rows(records, method) for method in with_rounds},
-        "reliability": {method: bins for method in with_rounds if (bins := _reliability(_all_stats(records, method)))},
+        "reliability": {
+            name: bins
+            for method in with_rounds
+            for name, origin in ((method, "reliability"), (f"{method}, looked up", "lookup_reliability"))
+            if (bins := _reliability(_all_stats(records, method), origin))
+        },
     }
 
 
@@ -150,11 +155,11 @@ def _verify_by_rows(records: Records, method: str) -> dict[int, float]:
     return {rows: statistics.median(times) for rows, times in sorted(groups.items())}
 
 
-def _reliability(all_stats: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def _reliability(all_stats: Sequence[dict[str, Any]], origin: str) -> list[dict[str, float]]:
     """Where the policy forecasts: tenths of expected probability, with what was expected and observed there."""
     groups = defaultdict(list)
     for stats in all_stats:
-        for found in stats.get("reliability", ()):
+        for found in stats.get(origin, ()):
             groups[min(9, int(10 * found["expected"]))].append(found)
     bins = []
     for _, found in sorted(groups.items()):

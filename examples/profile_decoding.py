@@ -1,9 +1,10 @@
-"""Where the time of decoding goes: milliseconds of a verify pass by its rows, and a trace of ten rounds.
+"""Where the time of decoding goes: milliseconds of a verify pass by its rows and by the context, and a trace of ten rounds.
 
     python examples/profile_decoding.py                             # the table of passes and the phases of a round
     python examples/profile_decoding.py --trace runs/trace.json     # and a trace for chrome://tracing or Perfetto
+    python examples/profile_decoding.py --context 512 2048 8192     # how the passes grow with the tokens in the cache
 
-Passes alternate between the ways and the numbers of rows in one process; medians of CPU time and of wall-clock time.
+"decode" is a step of plain `generate`: one row, a DynamicCache, which copies what it holds. Passes alternate between the ways and the numbers of rows in one process; medians of CPU time and of wall-clock time.
 Other work on the machine shows in both: threads that share a core or its memory slow each other down. Compiled products
 are no operators of torch: in the trace they are what lies between two operators.
 """
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import torch
 from _smollm2 import load_target
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from confu_hf import ConFuAssistant
 from confu_hf.acceleration.attention import grouped_queries
 from confu_hf.acceleration.packing import PackedLinears
 from confu_hf.acceleration.products import build_products
+from confu_hf.compat import cache_keyword
 from confu_hf.decoding.stats import PHASES
 from confu_hf.target.cache import TreeCache
 from confu_hf.target.passes import prefill, verify
@@ -39,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target", help="Hub id or folder; SmolLM2-135M-Instruct by default")
     parser.add_argument("--confu", default=str(CARD), help="the pair, Hub id or folder")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="nodes of a verify pass")
-    parser.add_argument("--context", type=int, default=256, help="tokens in the cache")
+    parser.add_argument("--context", type=int, nargs="+", default=[256], help="tokens in the cache")
     parser.add_argument("--times", type=int, default=9, help="how often each pass is timed")
     parser.add_argument("--rounds", type=int, default=10, help="rounds that are traced")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled products")
@@ -67,38 +69,71 @@ def layouts(cache: TreeCache, rows: list[int]) -> Iterator[VerifyLayout]:
         )
 
 
-def time_passes(model: PreTrainedModel, args: argparse.Namespace, layer_ids: list[int]) -> None:
-    """Print the table of verify passes."""
-    cache = TreeCache(model.config.get_text_config(decoder=True).num_hidden_layers, capacity=2 * args.context)
-    ids = torch.arange(args.context)[None] % 1000 + 5
+Seconds = dict[tuple[str, int], list[tuple[float, float]]]
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of CPU time and by the clock."""
+    start = time.process_time(), time.perf_counter()
+    run()
+    return time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+def ways_to_run(model: PreTrainedModel, compiled: bool) -> dict[str, Callable[[], list[AbstractContextManager]]]:
+    packed = PackedLinears(model)
+    ways = {"plain": lambda: [], "packed": lambda: [grouped_queries(model), packed.active()]}
+    if compiled:
+        products = PackedLinears(model, products=build_products())
+        ways["compiled"] = lambda: [grouped_queries(model), products.active()]
+    return ways
+
+
+def time_passes(
+    model: PreTrainedModel, ways: dict, context: int, args: argparse.Namespace, layer_ids: list[int]
+) -> Seconds:
+    """Seconds of every pass behind so many tokens, by way and rows; ("decode", 1) is plain decoding's."""
+    cache = TreeCache(model.config.get_text_config(decoder=True).num_hidden_layers, capacity=context + max(args.rows))
+    ids = torch.arange(context)[None] % 1000 + 5
     prefill(model, ids, cache, layer_ids)
     cache.set_mask(torch.ones_like(ids))
-    ways: dict[str, Callable[[], list[AbstractContextManager]]] = {"plain": lambda: []}
-    packed = PackedLinears(model)
-    ways["packed"] = lambda: [grouped_queries(model), packed.active()]
-    if not args.no_compile:
-        compiled = PackedLinears(model, products=build_products())
-        ways["compiled"] = lambda: [grouped_queries(model), compiled.active()]
+    dynamic = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, use_cache=True, logits_to_keep=1, **cache_keyword(model, dynamic))
     passes = dict(zip(args.rows, layouts(cache, args.rows), strict=True))
-    seconds: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    seconds: Seconds = {}
     for _ in range(args.times):
+        with torch.no_grad():
+            step = timed(lambda: model(ids[:, :1], use_cache=True, **cache_keyword(model, dynamic)))
+        seconds.setdefault(("decode", 1), []).append(step)
         for way, contexts in ways.items():
             with ExitStack() as stack:
-                for context in contexts():
-                    stack.enter_context(context)
+                for entered in contexts():
+                    stack.enter_context(entered)
                 for rows, layout in passes.items():
-                    start = time.process_time(), time.perf_counter()
-                    verify(model, layout, None, cache, layer_ids)
-                    ends = time.process_time(), time.perf_counter()
-                    seconds.setdefault((way, rows), []).append((ends[0] - start[0], ends[1] - start[1]))
-    print(f"\nMilliseconds of a verify pass, context {args.context}: CPU time (wall-clock time), medians\n")
-    print("| rows | " + " | ".join(map(str, args.rows)) + " |\n" + "|---" * (len(args.rows) + 1) + "|")
-    for way in ways:
-        cells = []
-        for rows in args.rows:
-            cpu, wall = (1000 * statistics.median(column) for column in zip(*seconds[way, rows], strict=True))
-            cells.append(f"{cpu:.0f} ({wall:.0f})")
-        print(f"| {way} | " + " | ".join(cells) + " |")
+                    spent = timed(lambda layout=layout: verify(model, layout, None, cache, layer_ids))
+                    seconds.setdefault((way, rows), []).append(spent)
+    return seconds
+
+
+def cell(spent: list[tuple[float, float]]) -> str:
+    """Median milliseconds: of CPU time, by the clock."""
+    cpu, wall = (1000 * statistics.median(column) for column in zip(*spent, strict=True))
+    return f"{cpu:.0f} ({wall:.0f})"
+
+
+def show_passes(seconds: dict[int, Seconds]) -> None:
+    """Print a table by rows for each context, and one by context if there are several."""
+    for context, found in seconds.items():
+        rows = sorted({count for _, count in found})
+        print(f"\nMilliseconds of a verify pass, context {context}: CPU time (wall-clock time), medians\n")
+        print("| rows | " + " | ".join(map(str, rows)) + " |\n" + "|---" * (len(rows) + 1) + "|")
+        for way in dict.fromkeys(way for way, _ in found):
+            print(f"| {way} | " + " | ".join(cell(found[way, n]) if (way, n) in found else "" for n in rows) + " |")
+    if len(seconds) > 1:
+        print("\nThe same by context\n\n| context | " + " | ".join(map(str, seconds)) + " |")
+        print("|---" * (len(seconds) + 1) + "|")
+        for way, rows in next(iter(seconds.values())):
+            print(f"| {way}, {rows} rows | " + " | ".join(cell(found[way, rows]) for found in seconds.values()) + " |")
 
 
 def trace_rounds(model: PreTrainedModel, tokenizer, confu: ConFuAssistant, args: argparse.Namespace) -> None:
@@ -127,7 +162,9 @@ def main() -> None:
     confu = ConFuAssistant.from_pretrained(args.confu, target=model)
     if not args.no_compile:
         confu.compile()
-    time_passes(model, args, confu.config.target_layer_ids)
+    ways = ways_to_run(model, compiled=not args.no_compile)
+    layer_ids = confu.config.target_layer_ids
+    show_passes({context: time_passes(model, ways, context, args, layer_ids) for context in args.context})
     trace_rounds(model, tokenizer, confu, args)
 
 

@@ -15,6 +15,7 @@ from confu_hf.decoding.experience import SWEEP_ROWS, Experience
 from confu_hf.decoding.stats import RoundRecord
 from confu_hf.options import TreeOptions
 from confu_hf.tree.draft_tree import root_only
+from confu_hf.tree.ends import likeliest_ends
 from confu_hf.tree.growing import grow_tree
 
 RIGHT, WRONG = 0, -7  # the draft's first guess is token 0; no guess is token -7
@@ -29,6 +30,7 @@ class Simulation:
         right: of the number of a token, the chance that the target writes the first guess there.
         verify, step: seconds of a pass by its rows, and of a draft step. noise: what each measurement scatters by.
         device_type: where tensors claim to be.
+        future: what a fresh future adds to `right` in the next round.
     """
 
     confidence: float
@@ -39,6 +41,7 @@ class Simulation:
     noise: float = 0.1
     seed: int = 0
     device_type: str = "cpu"
+    future: float = 0.0
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
@@ -49,6 +52,7 @@ class Simulation:
         self.records: list[RoundRecord] = []
         self.written, self.seconds, self.plain_seconds = 0, 0.0, 0.0
         self.starts: list[int] = []  # tokens written before each round
+        self.fresh = False
 
     def run(self, tokens: int) -> Simulation:
         end = self.written + tokens
@@ -90,6 +94,8 @@ class Simulation:
             )
         chosen = self.policy.prune(state, tree, steps)
         path = self._walk(chosen.tree)
+        contemplated = likeliest_ends(chosen.tree, chosen.contemplate_tokens)[0].tolist()
+        self.fresh = path[-1] in contemplated
         rows = chosen.tree.tokens.shape[1] + chosen.contemplate_tokens
         scatter = 1 + self.noise * abs(self.random.gauss(0, 1))
         seconds = {"draft": steps * self.step * scatter, "verify": self.verify(rows) * scatter}
@@ -102,7 +108,7 @@ class Simulation:
                 seconds=seconds,
                 path=(path,),
                 ended=(False,),
-                fresh=(False,),
+                fresh=(self.fresh,),
                 forecasts=chosen.forecasts,
             )
         )
@@ -115,7 +121,7 @@ class Simulation:
         children = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
         path: list[int] = [0]
         while True:
-            chance = self.right(self.written + len(path) - 1)
+            chance = self.right(self.written + len(path) - 1) + self.future * self.fresh
             token = RIGHT if self.random.random() < chance else WRONG
             if (path[-1], token) not in children:
                 return tuple(path)

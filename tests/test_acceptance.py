@@ -175,7 +175,7 @@ def test_the_greedy_fast_path_equals_the_reference():
         limit = MaxLengthCriteria(len(PROMPT) + rng.randrange(1, 4))
         for criteria in (StoppingCriteriaList(), StoppingCriteriaList([limit])):
             ids, children = torch.tensor([PROMPT]), _children(tree.tokens[0].tolist(), tree.parents[0].tolist())
-            fast = walk_greedily(children, greedy_choices(logits.float())[0], ids, criteria)
+            fast = walk_greedily(children, greedy_choices(logits.float())[0].tolist(), ids, criteria)
             rules = (LogitsProcessorList(), Sampler(do_sample=False), criteria)
             slow = walk_stepwise(children, logits.float(), ids, *rules)
             assert (fast.path, fast.tokens, fast.finished) == (slow.path, slow.tokens, slow.finished)
@@ -186,7 +186,7 @@ def test_the_greedy_fast_path_equals_the_reference():
 def test_float64_ties_are_broken_as_in_plain_decoding():
     # Equal in float32, where plain decoding compares them: the first one wins.
     logits = torch.tensor([[[1.0, 1.0 + 1e-12, 0.0, 0.0, 0.0]]], dtype=torch.float64)
-    assert greedy_choices(logits) == [[0]]
+    assert greedy_choices(logits).tolist() == [[0]]
     assert run(make_tree(4, []), logits).tokens.tolist() == [[0]]
 
 

@@ -175,6 +175,14 @@ def test_capacity_doubles_and_nothing_moves_in_between():
     assert layer.capacity == 200 and torch.equal(layer.keys, keys)
 
 
+@pytest.mark.parametrize("capacity, grown", [(600, 1200), (4096, 5120), (65536, 69632)])
+def test_a_long_context_does_not_take_twice_its_memory_for_one_token_more(capacity, grown):
+    layer = TreeCache(1, capacity=capacity).layers[0]
+    layer.update(torch.zeros(1, 1, capacity, 1), torch.zeros(1, 1, capacity, 1))
+    layer.update(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    assert layer.capacity == grown and layer.keys.sum() == 1
+
+
 def test_growth_in_a_pass_keeps_prompts_committed_rows_and_rows_behind_them():
     prompts = soft_prompts()
     cache = filled(5, prompts=prompts, capacity=4)

@@ -283,7 +283,7 @@ class WatchedDrafter(NetworkDrafter):
         self.futures, self.rows = [], []
 
     def step(self, tokens, parents, top_k):
-        future = self.waiting.future
+        future = self.waiting[-1].future
         children = super().step(tokens, parents, top_k)
         if parents is None:
             self.futures.append(future)

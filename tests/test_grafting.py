@@ -43,6 +43,11 @@ def some_chains(draw) -> list[Chain]:
     return chains
 
 
+def paths_looked_up(tree: DraftTree) -> set[tuple[int, ...]]:
+    """Paths whose last token is flagged."""
+    return {path for path, flag in zip(paths(tree), tree.looked_up[0, 1:].tolist(), strict=True) if flag}
+
+
 def paths(tree: DraftTree, row: int = 0) -> dict[tuple[int, ...], float]:
     """The log-probability of every drafted node by the tokens that lead to it."""
     found = {0: ()}
@@ -59,21 +64,28 @@ def paths(tree: DraftTree, row: int = 0) -> dict[tuple[int, ...], float]:
     return by_path
 
 
-def union(tree: DraftTree, chains: list[Chain]) -> dict[tuple[int, ...], float]:
-    """What tree and chains propose together, the greater probability for what both do."""
-    proposed = paths(tree)
+def union(tree: DraftTree, chains: list[Chain]) -> tuple[dict[tuple[int, ...], float], set[tuple[int, ...]]]:
+    """What tree and chains propose together, the greater conditional probability for what both do; and the paths whose
+    last token was looked up."""
+    joint = paths(tree)
+    steps = {path: log_prob - joint.get(path[:-1], 0.0) for path, log_prob in joint.items()}
+    looked_up = set()
     for chain in chains:
-        for end, log_prob in enumerate(chain.log_probs, start=1):
+        for end, (log_prob, above) in enumerate(zip(chain.log_probs, (0.0, *chain.log_probs), strict=False), start=1):
             path = chain.tokens[:end]
-            proposed[path] = max(proposed.get(path, -math.inf), log_prob)
-    return proposed
+            if log_prob - above > steps.get(path, -math.inf):
+                steps[path] = log_prob - above
+                looked_up.add(path)
+    return {path: sum(steps[path[:end]] for end in range(1, len(path) + 1)) for path in steps}, looked_up
 
 
 @settings(deadline=None)
 @given(trees(), some_chains(), st.integers(0, 12), st.sampled_from([0.0, 0.3]))
 def test_the_best_nodes_of_both_are_kept(tree, chains, total_tokens, threshold):
-    grafted = paths(graft(tree, [chains], total_tokens=total_tokens, confidence_threshold=threshold))
-    proposed = union(tree, chains)
+    whole = graft(tree, [chains], total_tokens=total_tokens, confidence_threshold=threshold)
+    grafted = paths(whole)
+    proposed, looked_up = union(tree, chains)
+    assert paths_looked_up(whole) == looked_up & grafted.keys() and not whole.looked_up[0, 0]
     for path, log_prob in grafted.items():
         assert log_prob == proposed[path]
         assert len(path) == 1 or path[:-1] in grafted
@@ -86,14 +98,16 @@ def test_a_shared_prefix_is_one_node():
     tree = DraftTree(*(torch.tensor([values]) for values in ([7, 1, 2], [-1, 0, 1], [0, 1, 2], [0.0, -1.0, -2.0])))
     grafted = graft(tree, [[Chain((1, 3), (-0.5, -3.0))]], total_tokens=9)
     assert grafted.tokens.tolist() == [[7, 1, 2, 3]] and grafted.parents.tolist() == [[-1, 0, 1, 1]]
-    assert grafted.depths.tolist() == [[0, 1, 2, 2]] and grafted.log_probs.tolist() == [[0.0, -0.5, -2.0, -3.0]]
+    assert grafted.depths.tolist() == [[0, 1, 2, 2]]
+    assert grafted.log_probs.tolist() == [[0.0, -0.5, -1.5, -3.0]], "what follows a likelier token is likelier"
+    assert grafted.looked_up.tolist() == [[False, True, False, True]]
     assert grafted.log_probs.dtype == tree.log_probs.dtype
 
 
 def test_rows_of_a_batch_are_filled_up():
     grafted = graft(root_only(torch.tensor([5, 6])), [[Chain((1, 2), (-0.5, -1.0))], []], total_tokens=4)
     assert grafted.tokens.tolist() == [[5, 1, 2], [6, 6, 6]] and grafted.parents[1].tolist() == [-1, 0, 0]
-    assert grafted.log_probs[1].tolist() == [0.0, -math.inf, -math.inf]
+    assert grafted.log_probs[1].tolist() == [0.0, -math.inf, -math.inf] and not grafted.looked_up[1].any()
 
 
 def test_refusals():

@@ -11,11 +11,12 @@ import torch
 from assisted_calls import PROMPT, assisted, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import make_assistant, make_oracle
+from oracles import OracleDrafter, make_assistant, make_oracle
 from tiny_models import ARCHITECTURES, tiny_llama, tiny_qwen3
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 
 from confu_hf import LookupAssistant
+from confu_hf.acceleration.costs import CostModel
 from confu_hf.compat import cache_keyword
 from confu_hf.decoding.lookup import CombinedDrafter, LookupText
 from confu_hf.decoding.matches import LENGTHS, MAX_CONTINUATIONS, Match, MatchRates, NgramIndex
@@ -184,6 +185,25 @@ def test_branches_beside_a_network_change_no_text(name):
         assert torch.equal(assisted(target, confu, lookup=lookup, **LENGTH), expected)
         passes[lookup] = confu.stats.rounds
     assert passes[True] <= passes[False]
+
+
+def test_records_tell_what_was_looked_up(target):
+    """Of an assistant without a network all accepted tokens but a round's last one are; without lookup none is."""
+    lookup, confu = LookupAssistant(target=target), make_oracle(target)
+    lookup.costs = CostModel({1: 1.0, 32: 1.01}, learns=False)
+    assisted(target, lookup, policy="auto", **LENGTH)
+    for record in lookup.stats.records:
+        assert record.looked_up == tuple(count - 1 for count in record.accepted)
+    assert lookup.stats.looked_up_tokens == sum(record.looked_up[0] for record in lookup.stats.records) > 5
+    assert lookup.stats.lookup_reliability and not lookup.stats.reliability
+    confu.new_drafter = lambda target, options: CombinedDrafter(OracleDrafter(confu, target))
+    assisted(target, confu, **LENGTH)
+    both = [record.looked_up[0] for record in confu.stats.records]
+    assert 0 < sum(both) < sum(record.accepted[0] - 1 for record in confu.stats.records)
+    assert sum(both) == confu.stats.looked_up_tokens
+    confu.new_drafter = lambda target, options: OracleDrafter(confu, target)
+    assisted(target, confu, **LENGTH)
+    assert confu.stats.looked_up_tokens == 0 < confu.stats.mean_accepted_length - 1
 
 
 def test_a_network_is_not_asked_where_the_text_is_sure_and_loses_nothing_by_it():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import statistics
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +17,14 @@ from simulated_rounds import Simulation
 from tiny_models import tiny_llama
 
 from confu_hf.acceleration.costs import CostModel
-from confu_hf.decoding.cost_policy import REFRESH, CostPolicy, best_number, probabilities, ranked
+from confu_hf.decoding.cost_policy import REFRESH, CostPolicy
 from confu_hf.decoding.experience import WINDOW, Calibration, Experience, FutureValue
-from confu_hf.decoding.stats import Forecast
+from confu_hf.decoding.stats import PHASES, Forecast, RoundRecord, Tally
 from confu_hf.decoding.sweep import Bench
+from confu_hf.decoding.weighing import best_number, ends_by_size, probabilities, ranked
 from confu_hf.options import TreeOptions
 from confu_hf.tree.draft_tree import DraftTree
+from confu_hf.tree.ends import likeliest_ends
 from confu_hf.tree.pruning import prune
 
 SEEDS = range(4)
@@ -34,16 +38,33 @@ def steep(rows):
 # 1. Simulated calls
 
 
+MACHINES = {
+    "flat": {},
+    "steep": {"verify": steep},
+    "dear": {"verify": steep, "step": 0.012},  # draft steps of 30 % of a plain round, thought to take 10 %
+    "beforehand": {"verify": steep, "step": 0.012, "device_type": "cuda"},
+}
+
+
 @pytest.mark.parametrize("confidence", [0.9, 0.5, 0.15])
-@pytest.mark.parametrize("verify", [None, steep], ids=["flat", "steep"])
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("contemplate", [True, False])
-def test_a_useless_draft_costs_three_percent_at_most(confidence, verify, contemplate):
+def test_a_useless_draft_costs_three_percent_at_most(confidence, machine, contemplate):
     options = TreeOptions(total_tokens=30, depth=5, top_k=6, contemplate=contemplate)
-    arguments = {} if verify is None else {"verify": verify}
-    for seed in SEEDS:
-        call = Simulation(confidence, lambda token: 0.0, options, seed=seed, **arguments).run(256)
+    for seed in SEEDS[:2]:
+        call = Simulation(confidence, lambda token: 0.0, options, seed=seed, **MACHINES[machine]).run(256)
         assert call.speed > 0.97
         assert sum(record.nodes > 1 for record in call.records[128:]) < 10
+
+
+def test_what_is_at_stake_grows_with_what_was_accepted():
+    """A step costs a quarter of a plain round, a row a tenth, and at first 0.6 may be lost."""
+    for proof, depth, nodes in ((0.0, 1, 3), (5.0, 5, 6)):
+        policy = CostPolicy(TreeOptions(depth=5, contemplate=False), Experience(proof=proof))
+        policy.costs = CostModel({1: 1.0, 11: 2.0}, draft_step=0.25, learns=False)
+        chosen = one_step(policy, [0.9] * 6, device_type="cuda")
+        assert policy.planned.depth == depth
+        assert chosen.tree.tokens.shape[1] - 1 == nodes
 
 
 def test_a_draft_that_is_right_is_used_in_full():
@@ -132,10 +153,12 @@ def test_a_step_of_the_cost_curve_is_jumped_over():
 def test_probabilities_multiply_from_the_root_down():
     log_probs = torch.tensor([0.0, 0.5, 0.25, 0.5 * 0.8]).log().tolist()
     log_probs[0] = 0.0
-    drafted, expected, joint = probabilities(log_probs, [-1, 0, 0, 1], [0, 1, 1, 2], lambda p, depth: p / depth)
+    tree = ([-1, 0, 0, 1], [0, 1, 1, 2], [0, 0, 1, 0])
+    calibrate = lambda p, depth, looked_up: p / (5 if looked_up else depth)  # noqa: E731
+    drafted, expected, joint = probabilities(log_probs, *tree, calibrate)
     assert drafted == pytest.approx([1, 0.5, 0.25, 0.8])
-    assert expected == pytest.approx([1, 0.5, 0.25, 0.4])
-    assert joint == pytest.approx([1, 0.5, 0.25, 0.2])
+    assert expected == pytest.approx([1, 0.5, 0.05, 0.4])
+    assert joint == pytest.approx([1, 0.5, 0.05, 0.2])
     assert ranked([1.0, 0.5, 0.5, 0.7]) == [0, 3, 1, 2]
 
 
@@ -154,7 +177,7 @@ def test_pruning_keeps_a_tree():
 
 
 def test_a_forecast_tells_only_of_nodes_whose_parent_was_accepted():
-    forecast = Forecast((-1, 0, 0, 1, 2), (0, 1, 1, 2, 2), (1.0,) * 5, (1.0,) * 5)
+    forecast = Forecast((-1, 0, 0, 1, 2), (0, 1, 1, 2, 2), (1.0,) * 5, (1.0,) * 5, (False,) * 5)
     assert forecast.outcomes((0, 2)) == [(1, False), (2, True), (4, False)]
 
 
@@ -175,30 +198,160 @@ def test_calibration_learns_per_depth_and_confidence_and_forgets():
     assert calibration(0.7, 2) == 0.7
 
 
+def test_what_was_looked_up_is_calibrated_apart():
+    """A network that is always wrong beside a lookup that is always right, both sure of themselves at first."""
+    policy = CostPolicy(TreeOptions(total_tokens=2, depth=1, top_k=1, contemplate=False), Experience())
+    policy.costs = CostModel({1: 1.0, 8: 1.001}, draft_step=0.0, learns=False)
+    tree = DraftTree(
+        tokens=torch.tensor([[1, 2, 3]]),
+        parents=torch.tensor([[-1, 0, 0]]),
+        depths=torch.tensor([[0, 1, 1]]),
+        log_probs=torch.tensor([[1.0, 0.55, 0.45]]).log(),
+        looked_up=torch.tensor([[False, False, True]]),
+    )
+    state = SimpleNamespace(input_ids=torch.zeros(1, 1), lengths=(9,), finished=(False,), max_length=None)
+    history = []
+    for _ in range(60):
+        policy.plan(state, history)
+        chosen = policy.prune(state, tree, steps=1)
+        path = tuple(node for node, token in enumerate(chosen.tree.tokens[0].tolist()) if token != 2)
+        seconds = {name: 0.2 for name in PHASES}
+        history.append(
+            RoundRecord((len(path),), chosen.tree.tokens.shape[1], 0, seconds, (path,), (False,), (), chosen.forecasts)
+        )
+    policy.plan(state, history)
+    assert policy.calibration(0.55, 1) < 0.1 and policy.experience.lookup(0.45, 1) > 0.8
+    assert policy.layers[0].value < 0.2, "what the network brings at this depth"
+    stats = Tally(records=history).stats(0)
+    assert max(found.observed for found in stats.reliability) == 0
+    assert min(found.observed for found in stats.lookup_reliability) == 1
+
+
 def test_the_worth_of_a_future_moves_slowly_from_what_is_believed_at_first():
-    future = FutureValue()
-    first = future.tokens
+    future, chance = FutureValue(), random.Random(0)
+    first = future.share
     assert 0 < first < 0.2
-    for _ in range(1000):
-        future.learn(True, 0.5)
-        future.learn(False, -0.5)
-    assert 0.3 < future.tokens < 1
-    for _ in range(1000):
-        future.learn(True, -1.5)
-    assert future.tokens == 0
+    for _ in range(200):  # single rounds scatter by a token: 200 are no reason to stop asking
+        future.learn(True, chance.gauss(0, 1), 1.0)
+        future.learn(False, chance.gauss(0, 1), 1.0)
+    assert first / 2 < future.share < 2 * first
+    for _ in range(3000):
+        future.learn(True, 0.5, 2.0)
+        future.learn(False, -0.5, 2.0)
+    assert 0.3 < future.share < 0.5, "a token more, where the network drafts two"
+    for _ in range(8000):
+        future.learn(True, -1.5, 2.0)
+    assert future.share == 0
 
 
 @pytest.mark.parametrize("worth, expected", [(0.0, 0), (0.3, 1), (0.6, 2)])
 def test_a_contemplate_token_only_where_it_pays(worth, expected):
-    """Rows cost a tenth of a round each. The walk ends at one node with 0.7, at others less likely."""
-    policy = CostPolicy(TreeOptions(), Experience())
-    policy.experience.future = SimpleNamespace(tokens=worth)
-    policy.costs = CostModel({1: 1.0, 11: 2.0}, draft_step=0.0, learns=False)
+    """Rows cost a tenth of a round each, a round brings 1.7 tokens. The walk ends at one node with 0.7, at the root else."""
+    futures = [[worth], [0.7 * worth, worth]]
+    best = best_number([0.7], 1, 1, lambda more: 1.0 + more / 10, futures)
+    assert (best.nodes, best.contemplate_tokens) == (1, expected)
+    assert best.tokens == pytest.approx(1.7) and best.seconds == pytest.approx(1.1 + expected / 10)
+
+
+def test_rows_up_to_a_step_of_the_cost_curve_are_filled():
+    """Eight rows cost what one costs, nine twice that. Nodes and contemplate tokens share the seven beside the root."""
+    seconds = lambda more: 1.0 if more < 8 else 2.0  # noqa: E731
+    futures = [[0.03 * (1 - 0.5**count) for count in range(1, 9)]] * 9
+    few = best_number([0.5, 0.25], 30, 1, seconds, futures[:3])
+    assert (few.nodes, few.contemplate_tokens) == (2, 5), "nothing else to do with them"
+    many = best_number([0.5, *[0.012, 0.011, 0.010, 0.009, 0.008, 0.007, 0.0001]], 30, 1, seconds, futures)
+    assert (many.nodes, many.contemplate_tokens) == (6, 1), "the first token is worth more than the last node"
+    assert best_number([0.5] * 7, 30, 1, seconds, futures[:8]).contemplate_tokens == 0
+
+
+@settings(deadline=None)
+@given(
+    gains=st.lists(st.floats(0, 1), max_size=8).map(lambda values: sorted(values, reverse=True)),
+    costs=st.lists(st.floats(0.01, 1), min_size=17, max_size=17).map(accumulate).map(list),
+    worths=st.lists(
+        st.lists(st.floats(0, 0.3), min_size=8, max_size=8).map(accumulate).map(list), min_size=9, max_size=9
+    ),
+)
+def test_nodes_and_contemplate_tokens_are_the_best_of_all(gains, costs, worths):
+    futures = [row[: number + 1] for number, row in enumerate(worths)]
+    best = best_number(gains, 8, 1, costs.__getitem__, futures)
+    rates = {
+        (number, count): (1 + sum(gains[:number]) + (0.0, *futures[number])[count]) / costs[number + count]
+        for number in range(len(gains) + 1)
+        for count in range(len(futures[number]) + 1)
+    }
+    assert rates[best.nodes, best.contemplate_tokens] == pytest.approx(max(rates.values()))
+
+
+@settings(deadline=None)
+@given(parents=st.lists(st.integers(0, 8), max_size=8), shares=st.lists(st.floats(0, 0.5), min_size=8, max_size=8))
+def test_ends_of_a_tree_are_those_of_its_nodes(parents, shares):
+    parents, joint = [-1, *(parent % (node + 1) for node, parent in enumerate(parents))], [1.0]
+    for parent, share in zip(parents[1:], shares, strict=False):
+        joint.append(joint[parent] * share)
+    sizes = ends_by_size(joint, parents, 5)
+    assert len(sizes) == min(6, len(joint))
+    for number, ends in enumerate(sizes):
+        kept = ranked(joint)[: number + 1]
+        expected = [joint[node] - sum(joint[child] for child in kept if parents[child] == node) for node in kept]
+        assert ends == pytest.approx(sorted((max(0.0, end) for end in expected), reverse=True))
+
+
+def one_step(policy, chances, looked_up=False, device_type="cpu"):
+    """The policy's choice of a tree of siblings, as it stands."""
+    number = len(chances) + 1
+    tree = DraftTree(
+        tokens=torch.arange(1, number + 1)[None],
+        parents=torch.tensor([[-1] + [0] * (number - 1)]),
+        depths=torch.tensor([[0] + [1] * (number - 1)]),
+        log_probs=torch.tensor([[1.0, *chances]]).log(),
+        looked_up=torch.tensor([[False] + [looked_up] * (number - 1)]),
+    )
+    ids = SimpleNamespace(device=SimpleNamespace(type=device_type))
+    state = SimpleNamespace(input_ids=ids, lengths=(9,), finished=(False,), max_length=None)
     policy.rounds = 1
-    policy.plan(SimpleNamespace(input_ids=torch.zeros(1, 1), lengths=(9,), finished=(False,), max_length=None), [])
-    policy.round.best = best_number([0.7], 1, 1, lambda nodes: 1.0 + nodes / 10)
-    forecast = Forecast((-1, 0), (0, 1), (1.0, 0.7), (1.0, 0.7))
-    assert policy._contemplate_tokens(1, [forecast], [[1.0, 0.7]]) == expected
+    policy.planned = policy.plan(state, [])
+    return policy.prune(state, tree, steps=1)
+
+
+def test_contemplate_tokens_go_where_walks_are_expected_to_end():
+    """A draft that says 0.85 and is right in a few percent: the walk ends at the root, whatever the draft says."""
+    policy = CostPolicy(TreeOptions(contemplate_tokens=1), Experience())
+    policy.costs = CostModel({1: 1.0, 8: 1.0001}, draft_step=0.0, learns=False)
+    believed = one_step(policy, (0.85, 0.05))
+    assert likeliest_ends(believed.tree, believed.contemplate_tokens).tolist() == [[1]]
+    for _ in range(200):
+        policy.calibration.learn(0.85, 1, False)
+    chosen = one_step(policy, (0.85, 0.05))
+    assert likeliest_ends(chosen.tree, chosen.contemplate_tokens).tolist() == [[0]]
+
+
+def test_a_future_is_worth_what_the_network_drafts():
+    """None where everything is looked up: the next round will not ask the network either."""
+    counts = []
+    for looked_up in (False, True):
+        policy = CostPolicy(TreeOptions(), Experience())
+        policy.costs = CostModel({1: 1.0, 101: 1.5}, draft_step=0.0, learns=False)
+        counts.append(one_step(policy, (0.6, 0.3), looked_up).contemplate_tokens)
+    assert counts[0] >= 1 and counts[1] == 0
+
+
+def in_blocks(rows):
+    """Weights are read once for eight rows."""
+    return 0.040 + 0.0004 * (rows - 1) + 0.012 * ((rows - 1) // 8)
+
+
+def test_contemplation_pays_where_rows_are_cheap_and_costs_nothing_where_it_is_useless():
+    speeds = {}
+    for future, contemplate in ((0.1, True), (0.1, False), (0.0, True), (0.0, False)):
+        options = TreeOptions(depth=4, top_k=6, contemplate=contemplate)
+        machine = {"verify": in_blocks, "step": 0.002, "future": future}
+        calls = [Simulation(0.6, lambda token: 0.55, options, seed=seed, **machine).run(400) for seed in SEEDS[:2]]
+        speeds[future, contemplate] = statistics.mean(call.speed for call in calls)
+        asked = statistics.mean(record.contemplate_tokens for call in calls for record in call.records)
+        assert (1 < asked < 6) if contemplate else asked == 0
+    assert speeds[0.1, True] > 1.05 * speeds[0.1, False]
+    assert speeds[0.0, True] > 0.98 * speeds[0.0, False]
 
 
 def test_a_batch_is_planned_as_a_whole():

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from .. import host
 from ..errors import refusal
 from ..tree.draft_tree import DraftTree
+from .rules import ROW_CRITERIA
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Acceptance:
         finished: whether a stopping criterion fired on the last emitted token; `path` then ends at the node it follows.
         scores: of each row, one (1, V) float32 per emitted token, after the processors; empty unless recorded.
         raw_logits: the same before the processors.
-        nodes: `path` on the host, without the padding.
+        nodes: `path` on the host, without the padding. emitted: `tokens` likewise.
+        marks: of each of the `columns` that were asked for, of each row, its numbers at `nodes`.
 
     With path 0 1 4, node tokens 7 (root), 8 (node 1), 9 (node 4), and 5 drawn at node 4: tokens = 8 9 5.
     """
@@ -45,11 +48,13 @@ class Acceptance:
     scores: tuple[tuple[Tensor, ...], ...] = ()
     raw_logits: tuple[tuple[Tensor, ...], ...] = ()
     nodes: tuple[tuple[int, ...], ...] = ()
+    emitted: tuple[tuple[int, ...], ...] = ()
+    marks: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     @property
     def counts_tensor(self) -> Tensor:
         """`counts` as (B,) long."""
-        return torch.tensor(self.counts, device=self.path.device)
+        return host.send(self.counts, self.path.device)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def accept(
     finished: Sequence[bool] | None = None,
     record: bool = False,
     past_scores: tuple[Tensor, ...] | None = (),
+    columns: Sequence[Tensor] = (),
 ) -> Acceptance:
     """Walk each tree from its root along the target's own choices.
 
@@ -103,8 +109,9 @@ def accept(
         stopping_criteria: asked after every emitted token, with the ids including it.
         finished: rows that have ended and emit nothing; None = none.
         record: return scores and raw logits.
-        past_scores: scores of earlier rounds (one row only), so that the criteria see all of them as in plain `generate`. They see
-            None if it is None, or if nothing is recorded.
+        past_scores: scores of earlier rounds (one row only), so that the criteria see all of them as in plain `generate`.
+            They see None if it is None, or if nothing is recorded.
+        columns: (B, T+1) integers or bool, to be read together with the tree: see `Acceptance.marks`.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -112,8 +119,7 @@ def accept(
     if logits.shape[:2] != tree.tokens.shape or len(input_ids) != len(tree.tokens):
         raise refusal(
             "accept",
-            got=f"trees of shape {tuple(tree.tokens.shape)}, logits {tuple(logits.shape)}, input_ids "
-            f"{tuple(input_ids.shape)}",
+            got=f"trees of shape {tuple(tree.tokens.shape)}, logits {tuple(logits.shape)}, ids {tuple(input_ids.shape)}",
             expected="one row of logits per node and one row of ids per tree",
             fix="Pass the trees that were verified.",
         )
@@ -121,11 +127,10 @@ def accept(
     finished = [False] * len(input_ids) if finished is None else finished
     if isinstance(processors, LogitsProcessorList):
         processors = (processors,) * len(input_ids)
-    tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
-    choices = None
     # On a CPU waiting costs nothing, and an argmax over the whole vocabulary pays only at nodes the walk comes to.
-    if logits.device.type != "cpu" and not (do_sample or record or any(processors)):
-        choices = greedy_choices(logits)
+    greedy = host.waits(logits.device) and not (do_sample or record or any(processors))
+    choices = greedy_choices(logits) if greedy else None
+    tokens, parents, choices, marks, input_ids = _read(tree, choices, columns, input_ids, stopping_criteria)
     walks = []
     for row, length in enumerate(lengths):
         children, ids = _children(tokens[row], parents[row]), input_ids[row : row + 1, :length]
@@ -136,13 +141,33 @@ def accept(
         else:
             rules = (processors[row], Sampler(do_sample), stopping_criteria, record, past_scores)
             walks.append(walk_stepwise(children, logits[row : row + 1], ids, *rules))
-    return _gather(walks, tree.tokens.device)
+    return _gather(walks, marks, tree.tokens.device)
 
 
-def _gather(walks: list[_Walk], device: torch.device) -> Acceptance:
+def _read(
+    tree: DraftTree,
+    choices: Tensor | None,
+    columns: Sequence[Tensor],
+    input_ids: Tensor,
+    stopping_criteria: StoppingCriteriaList,
+) -> tuple:
+    """Tokens, parents, choices and columns as lists, read at once; and the ids, where criteria are to be asked of them."""
+    to_read = [tree.tokens, tree.parents, *columns]
+    if choices is None:
+        tokens, parents, *marks = (column.tolist() for column in host.read(*to_read))
+        return tokens, parents, None, marks, input_ids
+    to_read.append(choices.to(tree.tokens.device))
+    # Criteria of these kinds answer on whatever device they are asked: on the host nobody waits for them.
+    if all(type(criterion) in ROW_CRITERIA for criterion in stopping_criteria):
+        *to_read, input_ids = host.read(*to_read, input_ids)
+    tokens, parents, *marks, choices = (column.tolist() for column in host.read(*to_read))
+    return tokens, parents, choices, marks, input_ids
+
+
+def _gather(walks: list[_Walk], marks: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Acceptance:
     width = max(len(walk.path) for walk in walks)
     path, tokens = (
-        torch.tensor([values + [-1] * (width - len(values)) for values in lists], dtype=torch.long, device=device)
+        host.send([values + [-1] * (width - len(values)) for values in lists], device, torch.long)
         for lists in ([walk.path for walk in walks], [walk.tokens for walk in walks])
     )
     return Acceptance(
@@ -153,6 +178,11 @@ def _gather(walks: list[_Walk], device: torch.device) -> Acceptance:
         scores=tuple(walk.scores for walk in walks),
         raw_logits=tuple(walk.raw_logits for walk in walks),
         nodes=tuple(tuple(walk.path) for walk in walks),
+        emitted=tuple(tuple(walk.tokens) for walk in walks),
+        marks=tuple(
+            tuple(tuple(row[node] for node in walk.path) for row, walk in zip(column, walks, strict=True))
+            for column in marks
+        ),
     )
 
 
@@ -192,11 +222,11 @@ def walk_stepwise(
     return _Walk(path, tokens, finished, scores, raw_logits)
 
 
-def greedy_choices(logits: Tensor) -> list[list[int]]:
-    """The target's choice at every node, where it depends on that node's logits alone; the host waits once."""
+def greedy_choices(logits: Tensor) -> Tensor:
+    """(B, T+1) long, the target's choice at every node, where it depends on that node's logits alone."""
     if logits.dtype == torch.float64:
         logits = logits.float()  # plain decoding rounds before its argmax, which can make a tie
-    return logits.argmax(dim=-1).tolist()
+    return logits.argmax(dim=-1)
 
 
 def walk_greedily(
@@ -211,7 +241,7 @@ def walk_greedily(
         path.append(child)
     tokens, finished = [choices[node] for node in path], False
     if stopping_criteria:
-        ids = torch.cat([input_ids, torch.tensor([tokens], device=input_ids.device)], dim=1)
+        ids = torch.cat([input_ids, host.send([tokens], input_ids.device)], dim=1)
         for num_emitted in range(1, len(path) + 1):
             finished = bool(stopping_criteria(ids[:, : input_ids.shape[1] + num_emitted], None).all())
             if finished:

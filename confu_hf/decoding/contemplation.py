@@ -5,6 +5,7 @@ EAGLE-3 mode has no `Contemplator`. The adapter is held by name: which one is ac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ..adapter.layer import ConFuLayer
+from ..host import send
 from ..target.context import ContemplateContext
 from ..target.passes import Verified, contemplate_anchors
 from ..target.soft_prompts import soft_prompt_key_values
@@ -66,19 +68,19 @@ class Contemplator:
             return contemplate_anchors(self.target, context, embeddings, positions + 1, visible, layer_ids)[0]
 
     def future(
-        self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance
+        self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance, known: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The future of the last accepted node, or of its nearest ancestor that carried a contemplate token.
 
+        Args:
+            known: of each batch row, whether a node of its path carried one.
+
         Returns:
-            `(B, 3 d)`, and `(B,)` bool, which rows have one; None and None if no row has.
+            `(B, 3 d)`, and `(B,)` bool, which rows have one, None = all; None and None if no row has.
         """
-        if verified.futures is None:
+        if not any(known):
             return None, None
         last = acceptance.path.gather(1, (acceptance.counts_tensor.clamp(min=1) - 1)[:, None]).clamp(min=0)
         nearest = nearest_contemplated(tree, nodes).gather(1, last)[:, 0]  # (B,)
-        known = nearest >= 0
-        if not bool(known.any()):
-            return None, None
         rows = torch.arange(len(nearest), device=nearest.device)
-        return verified.futures[rows, nearest.clamp(min=0)], known
+        return verified.futures[rows, nearest.clamp(min=0)], None if all(known) else send(known, nearest.device)

@@ -8,12 +8,14 @@ On a GPU the depth is decided beforehand and the tree is read back once, so the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import accumulate
 
-import torch
 from torch import Tensor
 
+from .. import host
 from ..acceleration.costs import CostModel, RunningMean
 from ..options import TreeOptions
 from ..tree.draft_tree import DraftTree
@@ -23,69 +25,21 @@ from .policy import Chosen, RoundPlan, depth_left
 from .state import DecodingState
 from .stats import Forecast, RoundRecord
 from .sweep import Bench
+from .weighing import Best, best_number, conditional, ends_by_size, forecast_of, probabilities, ranked
 
 # A plain round is timed anew after so many others: without it nobody knows what drafting is compared with.
 REFRESH = 128
 # What drafting gains over plain rounds, in tokens a round: what is believed at first, how slowly that changes, and the
 # least it is said to be, so that it comes back in a few rounds.
 FIRST_GAIN, GAIN_MEMORY, LEAST_GAIN = 0.25, 8, -0.25
+# As long as nothing drafted was accepted, a round that drafts may take this much longer than a plain one, as a share of
+# it; every accepted token adds a plain round. Where steps and rows are cheap that is no limit.
+FIRST_STAKE = 0.6
 # Rounds until a first probe while drafting does not pay; the share of the time that probes may cost in the long run; the
 # nodes of a probe; what is left of old forecasts after one that paid.
 FIRST_PAUSE, PROBE_SHARE, PROBE_NODES, FADE = 4, 0.0075, 4, 0.25
 # Where contemplate tokens are not worth their rows, one is run now and then all the same, to learn of their worth.
 EXPLORE = 32
-
-
-def at_its_word(probability: float, depth: int) -> float:
-    """The draft taken at its word."""
-    return probability
-
-
-def probabilities(
-    log_probs: Sequence[float], parents: Sequence[int], depths: Sequence[int], calibrate: Callable[[float, int], float]
-) -> tuple[list[float], list[float], list[float]]:
-    """Of the nodes of one tree: the draft's conditional probabilities, the expected ones, and the products of these
-    from the root down. Parents come before their children; entry 0 is the root."""
-    drafted, expected, joint = [1.0], [1.0], [1.0]
-    for node in range(1, len(log_probs)):
-        parent = parents[node]
-        drafted.append(math.exp(min(0.0, log_probs[node] - log_probs[parent])))
-        expected.append(calibrate(drafted[node], depths[node]))
-        joint.append(joint[parent] * expected[node])
-    return drafted, expected, joint
-
-
-def ranked(joint: Sequence[float]) -> list[int]:
-    """Nodes, best first. Among equals the earlier one, so a parent is before its children: every cut is a tree."""
-    return sorted(range(len(joint)), key=joint.__getitem__, reverse=True)
-
-
-@dataclass(frozen=True)
-class Best:
-    """The number of nodes of each batch row that brings the most tokens a second: `nodes`, the root not counted,
-    with the `tokens` expected of all rows and the `seconds` of the round."""
-
-    nodes: int
-    tokens: float
-    seconds: float
-
-
-def best_number(gains: Sequence[float], limit: int, active: int, seconds: Callable[[int], float]) -> Best:
-    """Every number of nodes is looked at: the cost of a pass has steps.
-
-    Args:
-        gains: tokens expected of the first, second, ... node, of all batch rows together.
-        limit: the most nodes. active: batch rows that have not ended, each sure of one token.
-        seconds: of a round with so many nodes.
-    """
-    best = Best(0, float(active), seconds(0))
-    tokens = best.tokens
-    for number, gain in enumerate(gains[:limit], 1):
-        tokens += gain
-        cost = seconds(number)
-        if tokens * best.seconds > best.tokens * cost:
-            best = Best(number, tokens, cost)
-    return best
 
 
 @dataclass
@@ -98,7 +52,7 @@ class _Round:
         reads_backlog: the draft has more to read than one round's rows, so its seconds say nothing of a step.
         best: what was expected of the nodes chosen.
         log_probs, joint: of each batch row, for all candidates so far: the draft's, and as expected.
-        last_layer: tokens expected of the layer before.
+        last_layer: tokens expected of the layer before. drafted: of the network's nodes, in a batch row.
     """
 
     context: int
@@ -110,6 +64,7 @@ class _Round:
     log_probs: list[list[float]] = field(default_factory=list)
     joint: list[list[float]] = field(default_factory=list)
     last_layer: float = 1.0
+    drafted: float = 0.0
 
 
 class CostPolicy:
@@ -131,6 +86,7 @@ class CostPolicy:
         self.round: _Round | None = None
         self.fresh: tuple[bool, ...] = ()  # whether the last round left a fresh future
         self.usual = RunningMean()  # tokens that a round emits in this text
+        self.drafted = RunningMean()  # of these, expected of what the network drafts; 0 where it is not asked
 
     def prepare(self, bench: Bench) -> None:
         """Look the costs up, or measure them."""
@@ -158,7 +114,7 @@ class CostPolicy:
             if self.wait >= 0:
                 return RoundPlan(self.options.total_tokens, 0, self.options.top_k)
             self.round.probe = True
-        on_host = state.input_ids.device.type == "cpu"
+        on_host = not host.waits(state.input_ids.device)
         depth = 1 if self.round.probe else depth if on_host else self._likely_depth(depth)
         self.round.steps = 1
         self.round.log_probs, self.round.joint = [[0.0] for _ in active], [[1.0] for _ in active]
@@ -183,13 +139,12 @@ class CostPolicy:
 
         The next layer is expected to keep as much of this one as this one kept of the layer before.
         """
-        this, calibrate = self.round, self._calibrate()
+        this = self.round
         known = len(this.joint[0])
         for row, (row_parents, row_log_probs) in enumerate(zip(parents.tolist(), log_probs.tolist(), strict=True)):
             joint, past = this.joint[row], this.log_probs[row]
             for parent, log_prob in zip(row_parents, row_log_probs, strict=True):
-                conditional = math.exp(min(0.0, log_prob - past[parent]))
-                joint.append(joint[parent] * calibrate(conditional, this.steps))
+                joint.append(joint[parent] * self._calibrate(conditional(log_prob, past[parent]), this.steps))
             past += row_log_probs
         best = self._best(this.joint)
         layer = 0.0
@@ -205,12 +160,15 @@ class CostPolicy:
         """Whether so many more tokens are worth a step and a row."""
         step = self._draft_seconds(self.round.steps + 1) - self._draft_seconds(self.round.steps)
         row = self._pass_seconds(best.nodes + 1) - self._pass_seconds(best.nodes)
-        return tokens * best.seconds > best.tokens * (step + row)
+        deeper = self.round.steps + 1
+        at_stake = self._draft_seconds(deeper) + self._pass_seconds(deeper)
+        return at_stake <= self._stake() and tokens * best.seconds > best.tokens * (step + row)
 
     def _likely_depth(self, limit: int) -> int:
-        """The depth that would have paid in the rounds before; all of it at first."""
+        """The depth that would have paid in the rounds before; at first all that may be risked."""
         if not self.layers:
-            return limit
+            at_stake = {depth: self._draft_seconds(depth) + self._pass_seconds(depth) for depth in range(1, limit + 1)}
+            return max((depth for depth, seconds in at_stake.items() if seconds <= self._stake()), default=1)
         tokens = [float(sum(self.round.active)), *(layer.value for layer in self.layers)]
         total, best_depth, best_rate = tokens[0], 1, 0.0
         nodes = max(1, round(self.nodes.value))
@@ -231,23 +189,30 @@ class CostPolicy:
         this.steps = steps
         if steps == 0 and tree.tokens.shape[1] == 1:
             return Chosen(tree, 0)
-        numbers = torch.stack([tree.parents.double(), tree.depths.double(), tree.log_probs.double()], dim=1).tolist()
+        columns = (tree.parents, tree.depths, tree.looked_up, tree.log_probs)
         rows = []
-        for parents, depths, log_probs in numbers:  # of each batch row
-            parents, depths = [int(parent) for parent in parents], [int(depth) for depth in depths]
-            drafted, expected, joint = probabilities(log_probs, parents, depths, self._calibrate())
-            rows.append((parents, depths, drafted, expected, self._above_threshold(joint, log_probs)))
+        for *shape, log_probs in zip(*(column.tolist() for column in host.read(*columns)), strict=True):  # batch rows
+            drafted, expected, joint = probabilities(log_probs, *shape, self._calibrate)
+            rows.append((*shape, drafted, expected, self._above_threshold(joint, log_probs)))
         joints = [row[-1] for row in rows]
-        this.best = self._best(joints)
+        parents, _, looked_up = zip(*(row[:3] for row in rows), strict=True)
+        this.drafted = self._drafted(joints, looked_up, self._best(joints).nodes)
+        self.drafted.add(this.drafted, GAIN_MEMORY)
+        this.best = self._best(joints, self._futures(joints, parents))
         most = tree.tokens.shape[1] - 1
         number = min(max(this.best.nodes, 1), PROBE_NODES, most) if this.probe else this.best.nodes
         kept = [sorted(ranked(joint)[: number + 1]) for joint in joints]
         if number < most:
-            tree = prune(tree, torch.tensor(kept, device=tree.tokens.device))
-        forecasts = tuple(_forecast(nodes, *row[:-1]) for nodes, row in zip(kept, rows, strict=True))
+            tree = prune(tree, host.send(kept, tree.tokens.device))
+        forecasts = tuple(forecast_of(nodes, *row[:-1]) for nodes, row in zip(kept, rows, strict=True))
         joints = [[joint[node] for node in nodes] for nodes, joint in zip(kept, joints, strict=True)]
         self._remember_layers(forecasts, joints)
-        return Chosen(tree, self._contemplate_tokens(number, forecasts, joints), forecasts)
+        contemplate_tokens = this.best.contemplate_tokens
+        if self._contemplates() and self.rounds % EXPLORE == 0:
+            contemplate_tokens = max(1, contemplate_tokens)
+        if contemplate_tokens:  # where a walk ends is for what is expected to say, not for the draft's own word
+            tree = replace(tree, log_probs=host.send(joints, tree.tokens.device, tree.log_probs.dtype).log())
+        return Chosen(tree, contemplate_tokens, forecasts)
 
     def _above_threshold(self, joint: list[float], log_probs: list[float]) -> list[float]:
         """`joint`, 0 where the draft's own word is below the threshold of the options."""
@@ -257,35 +222,37 @@ class CostPolicy:
     def _remember_layers(self, forecasts: Sequence[Forecast], joints: Sequence[Sequence[float]]) -> None:
         tokens = [0.0] * self.round.steps
         for forecast, joint, active in zip(forecasts, joints, self.round.active, strict=True):
-            for depth, probability in zip(forecast.depths[1:], joint[1:], strict=True):
-                if depth <= len(tokens):  # deeper ones were looked up
+            for depth, looked_up, probability in zip(forecast.depths, forecast.looked_up, joint, strict=True):
+                if depth and not looked_up:
                     tokens[depth - 1] += probability * active
         self.layers += [RunningMean() for _ in range(len(tokens) - len(self.layers))]
         for layer, value in zip(self.layers, tokens, strict=False):
             layer.add(value)
         self.nodes.add(len(joints[0]) - 1)
 
-    def _contemplate_tokens(self, nodes: int, forecasts: Sequence[Forecast], joints: Sequence[Sequence[float]]) -> int:
-        """How many pay: the chance that a walk ends at a node, times what a fresh future is worth, against a row."""
-        limit = self.options.contemplate_tokens
-        limit = nodes + 1 if limit is None else min(limit, nodes + 1)
-        if not self.options.contemplate or self.gain.value <= 0:
-            return 0
-        ends = [0.0] * (nodes + 1)
-        for forecast, joint, active in zip(forecasts, joints, self.round.active, strict=True):
-            here = list(joint)
-            for node in range(1, len(joint)):
-                here[forecast.parents[node]] -= joint[node]
-            for index, chance in enumerate(sorted(here, reverse=True) if active else []):
-                ends[index] += chance
-        worth = self.experience.future.tokens * self.round.best.seconds / self.round.best.tokens  # seconds
-        bare = self._pass_seconds(nodes)
-        count, best, gained = 0, 0.0, 0.0
-        for number in range(1, limit + 1):
-            gained += ends[number - 1] * worth
-            if gained - (self._pass_seconds(nodes, number) - bare) > best:
-                count, best = number, gained - (self._pass_seconds(nodes, number) - bare)
-        return max(count, int(self.rounds % EXPLORE == 0))
+    def _drafted(self, joints: Sequence[Sequence[float]], looked_up: Sequence[Sequence[int]], nodes: int) -> float:
+        """Tokens expected of the best `nodes` that are the network's, in a batch row that has not ended."""
+        rows = zip(joints, looked_up, self.round.active, strict=True)
+        tokens = [
+            sum(joint[node] for node in ranked(joint)[1 : nodes + 1] if not flags[node])
+            for joint, flags, active in rows
+            if active
+        ]
+        return sum(tokens) / max(1, len(tokens))
+
+    def _contemplates(self) -> bool:
+        return self.options.contemplate and self.gain.value > 0
+
+    def _futures(self, joints: Sequence[Sequence[float]], parents: Sequence[Sequence[int]]) -> list[list[float]]:
+        """[`weighing.best_number`]'s: the chance that a walk ends at a contemplated node, times what a fresh future adds
+        to the tokens that the network drafts in this text."""
+        if not self._contemplates():
+            return []
+        rows = zip(joints, parents, self.round.active, strict=True)
+        trees = [ends_by_size(joint, above, self.options.total_tokens) for joint, above, active in rows if active]
+        worth = self.experience.future.share * self.drafted.value
+        sizes = [[sum(row) for row in zip(*ends, strict=True)] for ends in zip(*trees, strict=True)]
+        return [[worth * tokens for tokens in accumulate(ends[: self.options.contemplate_tokens])] for ends in sizes]
 
     # 4. After the round
 
@@ -300,15 +267,17 @@ class CostPolicy:
         for forecast, path, ended in zip(record.forecasts, record.path, record.ended, strict=False):
             # Where a text ended, nobody was asked about the children of its last node.
             for node, accepted in forecast.outcomes(path) if not ended else ():
-                self.calibration.learn(forecast.drafted[node], forecast.depths[node], accepted)
+                calibration = self.experience.lookup if forecast.looked_up[node] else self.calibration
+                calibration.learn(forecast.drafted[node], forecast.depths[node], accepted)
         if this.steps:  # what was looked up cost nothing, and says nothing of the network
             self._weigh(record.accepted, rows)
+            self.experience.proof += (sum(record.accepted) - sum(this.active)) / max(1, sum(this.active))
             learns = self.options.contemplate and not this.probe
             learns = learns and len(self.fresh) == len(record.accepted)  # rows that ended have left
             for fresh, count in zip(self.fresh, record.accepted, strict=True) if learns else ():
                 if count:
                     self.usual.add(count)
-                    self.experience.future.learn(fresh, count - self.usual.value)
+                    self.experience.future.learn(fresh, count - self.usual.value, this.drafted)
         self.fresh = record.fresh
         self.rounds += 1
         self.experience.rounds_since_plain = (
@@ -334,11 +303,14 @@ class CostPolicy:
         elif self.gain.value <= 0:
             self.wait = self.pause
 
-    def _calibrate(self) -> Callable[[float, int], float]:
-        return at_its_word if self.round.probe else self.calibration
+    def _calibrate(self, probability: float, depth: int, looked_up: bool = False) -> float:
+        """[`weighing.Calibrate`]; a probe takes the draft at its word."""
+        if looked_up:
+            return self.experience.lookup(probability, depth)
+        return probability if self.round.probe else self.calibration(probability, depth)
 
-    def _best(self, joints: Sequence[Sequence[float]]) -> Best:
-        """The number of nodes that pays, of each row the best ones."""
+    def _best(self, joints: Sequence[Sequence[float]], futures: Sequence[Sequence[float]] = ()) -> Best:
+        """The number of nodes that pays, of each row the best ones, and of contemplate tokens that bring `futures`."""
         columns = zip(
             *(
                 sorted(joint[1:], reverse=True)
@@ -348,30 +320,24 @@ class CostPolicy:
             strict=True,
         )
         drafting = self._draft_seconds(self.round.steps)
+        limit, stake = self.options.total_tokens, self._stake()
+        while limit > 1 and drafting + self._pass_seconds(limit) > stake:
+            limit -= 1
         return best_number(
             [sum(column) for column in columns],
-            self.options.total_tokens,
+            limit,
             sum(self.round.active),
-            lambda nodes: drafting + self._pass_seconds(nodes),
+            cache(lambda more: drafting + self._pass_seconds(more)),
+            [row[: max(0, limit - nodes)] for nodes, row in enumerate(futures)],
         )
+
+    def _stake(self) -> float:
+        """The most seconds that this round may take, as far as drafting has proved itself."""
+        return self._pass_seconds(0) * (1 + FIRST_STAKE + self.experience.proof)
 
     def _draft_seconds(self, steps: int) -> float:
         return self.costs.draft(steps, self.round.context, self.options.top_k)
 
-    def _pass_seconds(self, nodes: int, contemplate_tokens: int = 0) -> float:
-        """Of a round without its drafting, with so many drafted nodes and contemplate tokens in each batch row."""
-        rows = len(self.round.active) * (1 + nodes + contemplate_tokens)
-        return self.costs.verify(rows, self.round.context)
-
-
-def _forecast(
-    kept: list[int], parents: list[int], depths: list[int], drafted: list[float], expected: list[float]
-) -> Forecast:
-    """Of the kept nodes of a tree, renumbered."""
-    places = {-1: -1} | {node: place for place, node in enumerate(kept)}
-    return Forecast(
-        parents=tuple(places[parents[node]] for node in kept),
-        depths=tuple(depths[node] for node in kept),
-        drafted=tuple(drafted[node] for node in kept),
-        expected=tuple(expected[node] for node in kept),
-    )
+    def _pass_seconds(self, more: int) -> float:
+        """Of a round without its drafting, with so many rows beside the root in each batch row."""
+        return self.costs.verify(len(self.round.active) * (1 + more), self.round.context)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ..host import send
 from ..modeling_confu import ConFuDraftModel
 from ..target.cache import TreeCache
 from ..target.slots import Slots
@@ -74,13 +75,13 @@ class DraftMemory:
 
     Attributes:
         draft_key: of which draft. input_ids: `(1, n)` long, all ids; the last one is not in the cache yet.
-        cache: the draft's own. waiting: rows that it has not read.
+        cache: the draft's own. waiting: rows that it has not read, by round.
     """
 
     draft_key: str
     input_ids: Tensor
     cache: TreeCache
-    waiting: Rows
+    waiting: list[Rows]
 
 
 class NetworkDrafter(Drafter):
@@ -103,11 +104,13 @@ class NetworkDrafter(Drafter):
         self.embed_tokens = target_embeddings
         self.cache = TreeCache(1, capacity=capacity)
         self.token_ids = draft.draft_token_ids
-        self.waiting: Rows | None = None
+        # By round: joined when the draft reads them, not in every round in which it is not asked.
+        self.waiting: list[Rows] = []
         self.hidden_states: Tensor | None = None  # (B, W, d) of the newest layer
         self.ancestors: Tensor | None = None  # (B, W, rows so far) bool, of the newest layer; the start row is row 0
         self.position_ids: Tensor | None = None  # (B, 1), of the start row
         self.future_known: Tensor | None = None  # (B, 1) bool; None = no row has a future token
+        self.futures_whole = True  # known to the host: all rows have one, or none has
 
     def recall(self, cache: Cache | None, input_ids: Tensor) -> None:
         """Go on from what this draft left with a cache, if that is all the cache holds and the ids are the same."""
@@ -117,7 +120,7 @@ class NetworkDrafter(Drafter):
         known = memory.input_ids.shape[1]
         same = known <= input_ids.shape[1] and torch.equal(memory.input_ids, input_ids[:, :known])
         if same and cache.get_seq_length() == known - 1:
-            self.cache, self.waiting = memory.cache, memory.waiting
+            self.cache, self.waiting = memory.cache, list(memory.waiting)
 
     def remember(self, cache: Cache, input_ids: Tensor) -> None:
         """Leave what this draft knows with the cache. The next call takes it over, so it is good for one call."""
@@ -125,13 +128,13 @@ class NetworkDrafter(Drafter):
             setattr(cache, MEMORY, DraftMemory(self.draft.instance_key, input_ids, self.cache, self.waiting))
 
     def observe(self, state: DecodingState, rows: Rows) -> None:
-        """New rows join those that wait."""
-        self.waiting = rows if self.waiting is None else self.waiting.followed_by(rows)
+        """New rows wait behind older ones."""
+        self.waiting.append(rows)
 
     def select(self, rows: Sequence[int]) -> None:
         """Its cache, and the rows that wait."""
         self.cache.batch_select_indices(torch.tensor(rows))
-        self.waiting = self.waiting.select(rows)
+        self.waiting = [part.select(rows) for part in self.waiting]
 
     @torch.no_grad()
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
@@ -155,16 +158,17 @@ class NetworkDrafter(Drafter):
 
     def _start(self) -> Tensor | None:
         """Read the waiting rows, get the start row ready; returns what the future token adds to its residual stream."""
-        rows = self.waiting.newest_last()
-        newest = (rows.tokens[:, -1:], rows.features[:, -1:], rows.position_ids[:, -1:])
-        self.waiting = Rows(*newest, is_whole=rows.is_whole)
+        rows = Rows.joined(self.waiting).newest_last()
+        # Copied: a view would hold on to the features of a whole prompt.
+        newest = (states[:, -1:].clone() for states in (rows.tokens, rows.features, rows.position_ids))
+        self.waiting = [Rows(*newest, is_whole=rows.is_whole)]
         hidden_states = self.draft.fuse(rows.features.to(device=self.draft.device, dtype=self.draft.dtype))
         if rows.tokens.shape[1] > 1:
             older = (rows.tokens[:, :-1], hidden_states[:, :-1], rows.position_ids[:, :-1])
             self._write_verified(*older, is_whole=rows.is_whole)
         self.hidden_states, self.position_ids = hidden_states[:, -1:], rows.position_ids[:, -1:]
         self.ancestors = torch.ones(len(rows.tokens), 1, 1, dtype=torch.bool, device=rows.tokens.device)
-        self.future_known = None
+        self.future_known, self.futures_whole = None, rows.future is None or rows.future_known is None
         return None if rows.future is None else self._write_future(rows)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -211,14 +215,14 @@ class NetworkDrafter(Drafter):
             )
 
     def _sees_all(self) -> bool:
-        """Whether the start row of every batch row sees all slots."""
-        return len(set(self.cache.lengths)) < 2 and (self.future_known is None or bool(self.future_known.all()))
+        """Known to the host: the start row of every batch row sees all slots."""
+        return len(set(self.cache.lengths)) < 2 and self.futures_whole
 
     def _mask(self, gap: int) -> Tensor:
         """`(B, 1, W, slots)` bool: committed rows, the future token where there is one, ancestors and itself."""
         batch_size, width, drafted = self.ancestors.shape
         device = self.ancestors.device
-        lengths = torch.tensor(self.cache.lengths or [0] * batch_size, device=device)[:, None]  # (B, 1)
+        lengths = send(self.cache.lengths or [0] * batch_size, device)[:, None]  # (B, 1)
         slots = torch.arange(max(self.cache.lengths, default=0) + gap + drafted, device=device)
         mask = (slots < lengths)[:, None].repeat(1, width, 1)
         if gap:

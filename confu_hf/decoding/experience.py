@@ -20,8 +20,12 @@ DEEPEST = 5
 PRIOR, WINDOW = 1.5, 32.0
 # Seconds that the first sweep of a model may take, and the row counts it tries, the most telling ones first.
 SWEEP_SECONDS, SWEEP_ROWS = 1.0, (1, 16, 8, 4, 32, 2)
-# Tokens a round that a fresh future brings, as long as nothing else is known, and rounds that this word stands for.
-FUTURE_PRIOR, FUTURE_ROUNDS = 0.05, 200.0
+# What a fresh future adds to the tokens that the network drafts, as a share of them, as long as nothing else is known:
+# in trees of 30 nodes all contemplate tokens raise 1.446 drafted tokens a round to 1.541 (EXPERIMENTS.md, "Is the future
+# used"). The rounds that this word stands for: pairs differ by about 0.04 in it, single rounds scatter by about 1.
+FUTURE_PRIOR, FUTURE_ROUNDS = 0.066, 600.0
+# How many rounds a mean of theirs remembers.
+FUTURE_MEMORY = 2400
 
 
 class Calibration:
@@ -66,29 +70,34 @@ class Calibration:
 
 
 class FutureValue:
-    """Tokens that a round gains if the round before left a future of its last accepted node itself.
+    """What a round gains if the round before left a future of its last accepted node itself, as a share of the tokens that
+    the network drafts.
 
     The difference between the mean accepted lengths after rounds that did and that did not, each counted from what is
-    usual in its text, drawn towards `FUTURE_PRIOR` as `FUTURE_ROUNDS` rounds would: single rounds scatter by a token, the value is a few hundredths.
+    usual in its text, drawn towards `FUTURE_PRIOR` as `FUTURE_ROUNDS` rounds would: single rounds scatter by a token, the
+    value is a few hundredths. With fewer rounds it is chance that decides, and a value that fell to 0 is not tried any more.
     Walks that end where an end was likely are not chosen by lot, so this is an indication, not a measurement.
     """
 
     def __init__(self) -> None:
         self._means = {True: RunningMean(), False: RunningMean()}
+        self._drafted = RunningMean()
 
-    def learn(self, fresh: bool, more: float) -> None:
-        """A round that drafted: whether it had a fresh future, and the tokens it emitted beyond the usual number."""
-        self._means[fresh].add(more, memory=int(FUTURE_ROUNDS))
+    def learn(self, fresh: bool, more: float, drafted: float) -> None:
+        """A round that drafted: whether it had a fresh future, the tokens it emitted beyond the usual number, and those
+        that were expected of what the network drafted."""
+        self._means[fresh].add(more, FUTURE_MEMORY)
+        self._drafted.add(drafted, FUTURE_MEMORY)
 
     @property
-    def tokens(self) -> float:
+    def share(self) -> float:
         """Never negative: at worst a future is not asked for."""
         fresh, stale = self._means[True], self._means[False]
-        rounds = 0.0
-        if fresh.weight and stale.weight:
+        rounds = seen = 0.0
+        if fresh.weight and stale.weight and self._drafted.value:
             rounds = fresh.weight * stale.weight / (fresh.weight + stale.weight)
-        value = (rounds * (fresh.value - stale.value) + FUTURE_ROUNDS * FUTURE_PRIOR) / (rounds + FUTURE_ROUNDS)
-        return max(0.0, value)
+            seen = (fresh.value - stale.value) / self._drafted.value
+        return max(0.0, (rounds * seen + FUTURE_ROUNDS * FUTURE_PRIOR) / (rounds + FUTURE_ROUNDS))
 
 
 @dataclass
@@ -97,15 +106,20 @@ class Experience:
 
     Attributes:
         given: costs of the user, used instead of measured ones.
-        costs: measured, by what they depend on. calibrations: with contemplation, and without. future: see there.
+        costs: measured, by what they depend on. calibrations: of the network, with contemplation and without. lookup: the
+            calibration of what was looked up, which knows its odds (matches.py), but not what the network said beside it.
+        future: see there.
         rounds_since_plain: rounds since a plain one was timed.
+        proof: drafted tokens that were accepted so far, by batch row.
     """
 
     given: CostModel | None = None
     costs: dict[CostKey, CostModel] = field(default_factory=dict)
     calibrations: dict[bool, Calibration] = field(default_factory=lambda: {True: Calibration(), False: Calibration()})
+    lookup: Calibration = field(default_factory=Calibration)
     future: FutureValue = field(default_factory=FutureValue)
     rounds_since_plain: int = 0
+    proof: float = 0.0
 
     def give(self, costs: CostModel | Mapping | None) -> None:
         """Take costs from the user: a model, or `CostModel.to_dict()`'s data; None = measure."""

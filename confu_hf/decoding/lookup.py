@@ -32,7 +32,7 @@ class LookupText:
     def __init__(self, prompt: list[int]):
         self.index, self.rates = NgramIndex(prompt), MatchRates()
 
-    def append(self, tokens: list[int]) -> None:
+    def append(self, tokens: Sequence[int]) -> None:
         """The target decided on `tokens`."""
         for token in tokens:
             for match in self.index.matches():
@@ -66,8 +66,12 @@ class LookupDrafter(Drafter):
         if not self.texts:
             prefilled = zip(state.input_ids, state.lengths, strict=True)  # the prompt and the first token of an answer
             self.texts = [LookupText(ids[: length - 1].tolist()) for ids, length in prefilled]
-        for text, ids, length in zip(self.texts, state.input_ids, state.lengths, strict=True):
-            text.append(ids[len(text.index.tokens) : length].tolist())
+        emitted = state.emitted or [
+            ids[len(text.index.tokens) : length].tolist()
+            for text, ids, length in zip(self.texts, state.input_ids, state.lengths, strict=True)
+        ]
+        for text, tokens in zip(self.texts, emitted, strict=True):
+            text.append(tokens)
 
     def select(self, rows: Sequence[int]) -> None:
         """The texts of these rows."""
@@ -80,7 +84,7 @@ class LookupDrafter(Drafter):
 
     def grow(self, state: DecodingState, plan: RoundPlan) -> DraftTree:
         """The likeliest nodes of all matches' continuations."""
-        return _grafted(root_only(state.roots), self.chains(state, min(plan.depth, plan.total_tokens)), plan)
+        return _grafted(root_only(state.known_roots), self.chains(state, min(plan.depth, plan.total_tokens)), plan)
 
 
 class CombinedDrafter(Drafter):
@@ -123,7 +127,7 @@ class CombinedDrafter(Drafter):
         """The likeliest nodes of both."""
         chains = self.lookup.chains(state, min(plan.total_tokens, _room(state)))
         certain = _certain(chains, state, plan)
-        tree = root_only(state.roots) if certain else self.drafter.grow(state, plan)
+        tree = root_only(state.known_roots) if certain else self.drafter.grow(state, plan)
         self.steps = 0 if certain else self.drafter.steps
         return _grafted(tree, chains, plan)
 

@@ -14,6 +14,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel, StoppingCr
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from .. import host
 from ..acceleration.decoding import accelerated
 from ..acceleration.products import Products
 from ..compat import decoder_only_output, pad_token
@@ -32,7 +33,7 @@ from .state import DecodingState, Rows, append
 from .stats import GenerationStats, RoundRecord, Stopwatch, Tally
 from .sweep import Bench
 
-# A cache gets room for this many more tokens at once; longer answers double it.
+# A cache gets room for this many more tokens at once; for longer answers it grows.
 RESERVED_TOKENS = 1024
 
 
@@ -97,9 +98,10 @@ class Decoder:
             input_ids=append(input_ids, lengths, acceptance.tokens, acceptance.counts),
             lengths=tuple(length + count for count in acceptance.counts),
             finished=acceptance.finished,
-            features=prefilled.features[:, -1],
+            features=prefilled.features[:, -1].clone(),  # a view would hold on to those of the whole prompt
             position_offset=prefilled.next_position_ids - places,
             max_length=self.max_length,
+            emitted=acceptance.emitted,
         )
         position_ids = self.cache.slot_position_ids[:, past:].clone()
         position_ids[:, -1:] = places - 1  # the draft starts there, even from a masked token
@@ -116,12 +118,13 @@ class Decoder:
             tree = self.drafter.grow(state, plan)
         with timed("policy"):
             chosen = self.policy.prune(state, tree, self.drafter.steps)
-            tree = chosen.tree
+            tree = chosen.tree.to(state.input_ids.device)
         with timed("verify"):
             layout = self._layout(tree, chosen.contemplate_tokens, state)
             verified = self._verify(layout, state)
         with timed("accept"):
-            acceptance = self._accept(tree, verified.logits, state.input_ids, state.lengths, state.finished)
+            rows = (verified.logits, state.input_ids, state.lengths, state.finished)
+            acceptance = self._accept(tree, *rows, columns=(tree.looked_up, layout.contemplated))
         with timed("cache"):
             state = self._keep(state, tree, layout, verified, acceptance)
             state = self._end_rows(state)
@@ -129,19 +132,17 @@ class Decoder:
         return state, acceptance
 
     def _record(self, chosen: Chosen, layout: VerifyLayout, acceptance: Acceptance) -> RoundRecord:
-        seconds = self.stopwatch.read()
-        # From here on a GPU has nothing left to do, and reading from it waits for nothing.
-        path = acceptance.nodes
-        contemplated = layout.contemplate_nodes.tolist()
+        looked_up, contemplated = acceptance.marks
         return RoundRecord(
             accepted=acceptance.counts,
             nodes=layout.tokens.shape[1],
             contemplate_tokens=layout.contemplate_nodes.shape[1],
-            seconds=seconds,
-            path=path,
+            seconds=self.stopwatch.read(),
+            path=acceptance.nodes,
             ended=acceptance.finished,
-            fresh=tuple(row[-1] in nodes if row else False for row, nodes in zip(path, contemplated, strict=True)),
+            fresh=tuple(bool(row and row[-1]) for row in contemplated),
             forecasts=chosen.forecasts,
+            looked_up=tuple(map(sum, looked_up)),
         )
 
     def _layout(self, tree: DraftTree, contemplate_tokens: int | None, state: DecodingState) -> VerifyLayout:
@@ -175,11 +176,13 @@ class Decoder:
         features = verified.features.gather(
             1, path.clamp(min=0)[..., None].expand(-1, -1, verified.features.shape[-1])
         )
-        position_ids = torch.where(path >= 0, layout.places[:, :1] + torch.arange(path.shape[1]).to(path), -1)
+        steps = torch.arange(path.shape[1], device=path.device)
+        position_ids = torch.where(path >= 0, layout.places[:, :1] + steps, -1)
         self.cache.keep_path(path, acceptance.counts, acceptance.nodes)
         future, known = None, None
         if self.contemplator is not None:
-            future, known = self.contemplator.future(tree, layout.contemplate_nodes, verified, acceptance)
+            known = [any(row) for row in acceptance.marks[1]]
+            future, known = self.contemplator.future(tree, layout.contemplate_nodes, verified, acceptance, known)
         state = state.advance(acceptance, features)
         whole = len(set(acceptance.counts)) == 1
         tokens = acceptance.tokens.clamp(min=0)
@@ -232,7 +235,7 @@ class Decoder:
         export_cache(self.cache, user_cache)
         return user_cache
 
-    def _accept(self, tree, logits, input_ids, lengths, finished) -> Acceptance:
+    def _accept(self, tree, logits, input_ids, lengths, finished, columns=()) -> Acceptance:
         acceptance = accept(
             tree,
             logits,
@@ -244,6 +247,7 @@ class Decoder:
             stopping_criteria=self.batch.rules.row_criteria,
             record=self.record,
             past_scores=self.scores[0] if self.criteria_see_scores and len(self.scores) == 1 else None,
+            columns=columns,
         )
         for index, row in enumerate(self.batch.rows):
             self.scores[row] += acceptance.scores[index]
@@ -280,7 +284,7 @@ def confu_generate(
         decoder.policy.prepare(Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution))
         while True:
             if streamer is not None:
-                streamer.put(acceptance.tokens[0].cpu())
+                streamer.put(host.hold(acceptance.emitted[0]))
             if all(state.finished):
                 break
             state, acceptance = decoder.round(state)

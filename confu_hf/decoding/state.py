@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import host
 from .acceptance import Acceptance
 
 
@@ -34,12 +35,16 @@ class Rows:
     future_known: Tensor | None = None
     is_whole: bool = False
 
-    def followed_by(self, newer: Rows) -> Rows:
-        """These rows and newer ones, with the newer ones' future."""
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """Rows of several rounds, older ones first, with the newest ones' future."""
+        newest = parts[-1]
+        if len(parts) == 1:
+            return newest
         names = ("tokens", "features", "position_ids")
-        joined = {name: torch.cat([getattr(self, name), getattr(newer, name)], dim=1) for name in names}
-        whole = self.is_whole and newer.is_whole
-        return Rows(**joined, future=newer.future, future_known=newer.future_known, is_whole=whole)
+        states = {name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in names}
+        whole = all(part.is_whole for part in parts)
+        return cls(**states, future=newest.future, future_known=newest.future_known, is_whole=whole)
 
     def select(self, rows: Sequence[int]) -> Rows:
         """Those of some batch rows."""
@@ -74,6 +79,7 @@ class DecodingState:
         position_offset: `(B, 1)` long, what position ids differ by from places among the slots: 0, but where plain
             decoding counts on from a masked token.
         max_length: the most tokens a row may have; None = no limit.
+        emitted: what the newest round decided for each row, known to the host; empty if it is not.
     """
 
     input_ids: Tensor
@@ -82,12 +88,20 @@ class DecodingState:
     features: Tensor
     position_offset: Tensor
     max_length: int | None = None
+    emitted: tuple[tuple[int, ...], ...] = ()
 
     @property
     def roots(self) -> Tensor:
         """`(B,)` long, the newest decided token of every row."""
-        last = torch.tensor(self.lengths, device=self.input_ids.device)[:, None] - 1
+        last = host.send(self.lengths, self.input_ids.device)[:, None] - 1
         return self.input_ids.gather(1, last)[:, 0]
+
+    @property
+    def known_roots(self) -> Tensor:
+        """`roots`, on the host if it knows them."""
+        if not self.emitted or not all(self.emitted):
+            return self.roots
+        return host.hold([tokens[-1] for tokens in self.emitted])
 
     def select(self, rows: Sequence[int]) -> DecodingState:
         """The state of some of the rows."""
@@ -114,6 +128,7 @@ class DecodingState:
             features=torch.where(kept, newest, self.features),
             position_offset=self.position_offset,
             max_length=self.max_length,
+            emitted=acceptance.emitted,
         )
 
 

@@ -22,12 +22,14 @@ class Forecast:
         parents, depths: as in `DraftTree`.
         drafted: the draft's probability of a node, once its parent is accepted; 1 for the root.
         expected: the same as calibrated by what was accepted before.
+        looked_up: as in `DraftTree`.
     """
 
     parents: tuple[int, ...]
     depths: tuple[int, ...]
     drafted: tuple[float, ...]
     expected: tuple[float, ...]
+    looked_up: tuple[bool, ...]
 
     def outcomes(self, path: tuple[int, ...]) -> list[tuple[int, bool]]:
         """Nodes whose parent was accepted, and whether they were: of the others nothing was learned."""
@@ -47,6 +49,7 @@ class RoundRecord:
         ended: whether a row ended in this round, or before.
         fresh: whether a row's last accepted node carried a contemplate token of its own.
         forecasts: what the policy expected, by batch row; empty if it calculated nothing.
+        looked_up: how many of the accepted tokens were drafted by lookup, by batch row.
     """
 
     accepted: tuple[int, ...]
@@ -57,6 +60,7 @@ class RoundRecord:
     ended: tuple[bool, ...] = ()
     fresh: tuple[bool, ...] = ()
     forecasts: tuple[Forecast, ...] = ()
+    looked_up: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,10 @@ class GenerationStats:
         acceptance_by_depth: share of rounds whose accepted path reached depth 1, 2, ...
         verified_nodes: tree nodes that went through the target, roots included.
         contemplate_tokens: contemplate tokens that went through the target.
+        looked_up_tokens: emitted tokens that were drafted by lookup.
         seconds_draft, seconds_verify, seconds_rest: wall time (the rest: prefill, acceptance, caches).
-        reliability: how often drafted nodes were accepted, beside how often they were expected to be.
+        reliability: how often nodes that the network drafted were accepted, beside how often they were expected to be.
+        lookup_reliability: the same of nodes that were looked up.
         compiled: whether the target computed with what `confu.compile()` built; if not, `not_compiled_because` says why.
         records: one per round.
     """
@@ -84,6 +90,8 @@ class GenerationStats:
     seconds_verify: float
     seconds_rest: float
     reliability: tuple[ReliabilityBin, ...] = ()
+    lookup_reliability: tuple[ReliabilityBin, ...] = ()
+    looked_up_tokens: int = 0
     compiled: bool = False
     not_compiled_because: str | None = None
     records: tuple[RoundRecord, ...] = field(default=(), repr=False)
@@ -100,8 +108,8 @@ class Stopwatch:
         self.on_gpu = torch.device(device).type == "cuda"
         self._spans: list[tuple[str, object, object]] = []
 
-    def _mark(self) -> object:
-        if not self.on_gpu:
+    def _mark(self, on_gpu: bool) -> object:
+        if not on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -109,18 +117,20 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times what happens inside."""
-        start = self._mark()
+        """Times what happens inside; of a GPU's last phase only what the host spends."""
+        on_gpu = self.on_gpu and name != PHASES[-1]
+        start = self._mark(on_gpu)
         yield
-        self._spans.append((name, start, self._mark()))
+        self._spans.append((name, start, self._mark(on_gpu)))
 
     def read(self) -> dict[str, float]:
         """Seconds by phase since the last reading."""
         seconds = dict.fromkeys(PHASES, 0.0)
-        if self.on_gpu and self._spans:
-            self._spans[-1][2].synchronize()
+        events = [end for _, _, end in self._spans if not isinstance(end, float)]
+        if events:
+            events[-1].synchronize()  # no one waits: the host has read the target's word before
         for name, start, end in self._spans:
-            seconds[name] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+            seconds[name] += end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
         self._spans.clear()
         return seconds
 
@@ -147,15 +157,18 @@ class Tally:
             seconds_draft=seconds["draft"],
             seconds_verify=seconds["verify"],
             seconds_rest=elapsed - seconds["draft"] - seconds["verify"],
-            reliability=reliability(self._outcomes()),
+            reliability=reliability(self._outcomes(looked_up=False)),
+            lookup_reliability=reliability(self._outcomes(looked_up=True)),
+            looked_up_tokens=sum(sum(record.looked_up) for record in self.records),
             records=tuple(self.records),
         )
 
-    def _outcomes(self) -> list[tuple[float, bool]]:
-        """Every node whose parent was accepted: the probability expected, and whether it was accepted."""
+    def _outcomes(self, looked_up: bool) -> list[tuple[float, bool]]:
+        """Every node of one origin whose parent was accepted: the probability expected, and whether it was accepted."""
         return [
             (forecast.expected[node], accepted)
             for record in self.records
             for forecast, path in zip(record.forecasts, record.path, strict=False)
             for node, accepted in forecast.outcomes(path)
+            if forecast.looked_up[node] == looked_up
         ]

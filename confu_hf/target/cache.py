@@ -2,7 +2,7 @@
 
 Each row of a batch has its own length: its committed tokens lie in the slots `0 .. length - 1`, left padding included.
 A verify pass writes its rows behind them and commits nothing; accepting a path moves the kept rows together and commits
-them. Capacity is fixed until it doubles, so shapes stay.
+them. Capacity is fixed until it grows, by doubling at first, then in steps, so shapes stay.
 
     slots of one batch row      S soft prompts | committed ... | rows of a pass ... | empty ... | spare
 
@@ -21,7 +21,12 @@ from transformers import Cache
 
 from ..compat import CacheLayerMixin
 from ..errors import refusal
+from ..host import send
 from .slots import Slots
+
+# Buffers double up to this many slots, then grow by as many, or by a share of what they are if that is more: a long context
+# shall not take twice its memory for the sake of a few tokens.
+GROWTH_SLOTS, GROWTH_SHARE = 1024, 1 / 16
 
 
 class TreeLayer(CacheLayerMixin):
@@ -85,12 +90,13 @@ class TreeLayer(CacheLayerMixin):
         self._write_soft_prompt()
 
     def reserve(self, slots: int) -> None:
-        """Make room for `slots` slots, by doubling."""
+        """Make room for `slots` slots."""
         if not self.is_initialized or slots <= self.capacity:
             self.initial_capacity = max(slots, self.initial_capacity)
             return
         used = self.soft_prompt_length + self.capacity
-        more = max(slots, 2 * self.capacity) - self.capacity
+        step = min(self.capacity, max(GROWTH_SLOTS, int(GROWTH_SHARE * self.capacity)))
+        more = max(slots - self.capacity, step)
         with torch.inference_mode(False):
             for i, old in enumerate(self._buffers):
                 new = old.new_zeros(*old.shape[:2], old.shape[2] + more, old.shape[-1])
@@ -279,7 +285,7 @@ class TreeCache(Cache):
             layer.set_soft_prompt(None if prompt is None else prompt.detach())
 
     def reserve(self, slots: int) -> None:
-        """Make room for `slots` slots in every layer, once instead of by doubling."""
+        """Make room for `slots` slots in every layer, at once."""
         for layer in self.layers:
             layer.reserve(slots)
 
@@ -358,7 +364,7 @@ class TreeCache(Cache):
                 fix="Call keep_path() once after each forward pass inside writing().",
             )
         self._written = 0
-        lengths = torch.tensor(self.lengths, device=path.device)[:, None]
+        lengths = send(self.lengths, path.device)[:, None]
         steps = torch.arange(path.shape[1], device=path.device)
         nodes = [[row for row in rows if row >= 0] for rows in path.tolist()] if nodes is None else nodes
         moved = [step for rows in nodes for step, row in enumerate(rows) if row != step]
@@ -375,13 +381,13 @@ class TreeCache(Cache):
 
     def next_positions(self) -> Tensor:
         """`(B, 1)` long, the place that the next committed slot of each batch row will have."""
-        lengths = torch.tensor(self.lengths, device=self.slot_position_ids.device)[:, None]
+        lengths = send(self.lengths, self.slot_position_ids.device)[:, None]
         return lengths - self._padding
 
     def _extend_positions(self, counts: Sequence[int]) -> None:
         known = self.slot_position_ids
-        start = torch.tensor(self.lengths, device=known.device)[:, None]
-        stop = start + torch.tensor(counts, device=known.device)[:, None]
+        start = send(self.lengths, known.device)[:, None]
+        stop = start + send(list(counts), known.device)[:, None]
         size = max(length + count for length, count in zip(self.lengths, counts, strict=True))
         slots = torch.arange(size, device=known.device)
         new = torch.nn.functional.pad(known, (0, size - known.shape[1]), value=-1)

@@ -9,10 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from .. import host
 from ..errors import refusal
-from .draft_tree import DraftTree
+from .draft_tree import TENSORS, DraftTree
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class _Nodes:
     parents: list[int]
     depths: list[int]
     log_probs: list[float]
+    looked_up: list[bool]
 
 
 def graft(
@@ -56,11 +56,15 @@ def graft(
 ) -> DraftTree:
     """The best `total_tokens` nodes of a tree and of chains that start at its root.
 
-    A chain shares the nodes that the tree has already; a node that both propose keeps the greater joint probability.
-    New nodes stand behind the tree's, and parents before their children, so a parent is never left out for its child.
+    A chain shares the nodes that the tree has already. A node that both propose gets the greater of the two conditional
+    probabilities, and what lies below it rises with it. New nodes stand behind the tree's, and parents before their
+    children, so a parent is never left out for its child. The whole lies on the host.
 
         root - a - b          and the chain a - c      gives      root - a - b
                                                                           \\ - c
+
+    Example: the tree says a 0.2 and then b 0.5, the chain a 0.6 and then c 0.3. Together a 0.6, a b 0.6 * 0.5 = 0.3,
+    a c 0.6 * 0.3 = 0.18; `looked_up` are a and c.
 
     Args:
         tree: B trees. chains: for each of them any number of chains.
@@ -81,7 +85,7 @@ def graft(
     if not any(chains) and tree.tokens.shape[1] <= total_tokens + 1:
         return tree
     floor = math.log(confidence_threshold) if confidence_threshold > 0 else -math.inf
-    rows = zip(*(states.tolist() for states in (tree.tokens, tree.parents, tree.depths, tree.log_probs)), strict=True)
+    rows = zip(*(column.tolist() for column in host.read(*(getattr(tree, name) for name in TENSORS))), strict=True)
     kept = []
     for row, row_chains in zip(rows, chains, strict=True):
         nodes = _Nodes(*row)
@@ -91,20 +95,35 @@ def graft(
 
 
 def _add_chains(nodes: _Nodes, chains: Sequence[Chain]) -> None:
+    if not chains:
+        return
+    steps = [_conditional(nodes.log_probs, node, parent) for node, parent in enumerate(nodes.parents)]
     children = {
         (parent, token): node for node, (parent, token) in enumerate(zip(nodes.parents, nodes.tokens, strict=True))
     }
     for chain in chains:
         node = 0
-        for token, log_prob in zip(chain.tokens, chain.log_probs, strict=True):
+        for place, token in enumerate(chain.tokens):
             parent, node = node, children.setdefault((node, token), len(nodes.tokens))
+            step = _conditional(chain.log_probs, place, place - 1)
             if node == len(nodes.tokens):
                 nodes.tokens.append(token)
                 nodes.parents.append(parent)
                 nodes.depths.append(nodes.depths[parent] + 1)
-                nodes.log_probs.append(log_prob)
-            else:
-                nodes.log_probs[node] = max(nodes.log_probs[node], log_prob)
+                nodes.looked_up.append(True)
+                steps.append(step)
+            elif step > steps[node]:
+                nodes.looked_up[node], steps[node] = True, step
+    joint: list[float] = []
+    for parent, step in zip(nodes.parents, steps, strict=True):
+        joint.append(step if parent < 0 else joint[parent] + step)
+    nodes.log_probs = joint
+
+
+def _conditional(log_probs: Sequence[float], node: int, parent: int) -> float:
+    """That of a node once its parent is accepted; a parent that cannot be leaves nothing to say."""
+    above = log_probs[parent] if parent >= 0 else 0.0
+    return log_probs[node] - above if above > -math.inf else -math.inf
 
 
 def _best(nodes: _Nodes, total_tokens: int, floor: float) -> _Nodes:
@@ -118,6 +137,7 @@ def _best(nodes: _Nodes, total_tokens: int, floor: float) -> _Nodes:
         parents=[-1, *(new_index[nodes.parents[node]] for node in kept[1:])],
         depths=[nodes.depths[node] for node in kept],
         log_probs=[nodes.log_probs[node] for node in kept],
+        looked_up=[nodes.looked_up[node] for node in kept],
     )
 
 
@@ -130,7 +150,7 @@ def _as_tree(rows: list[_Nodes], like: DraftTree) -> DraftTree:
         row.parents += [0] * missing
         row.depths += [1] * missing
         row.log_probs += [-math.inf] * missing
-    names = ("tokens", "parents", "depths", "log_probs")
+        row.looked_up += [False] * missing
     return DraftTree(
-        **{name: torch.tensor([getattr(row, name) for row in rows]).to(getattr(like, name)) for name in names}
+        **{name: host.hold([getattr(row, name) for row in rows], getattr(like, name).dtype) for name in TENSORS}
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import refusal
+from ..host import send
 from .draft_tree import DraftTree
 
 
@@ -59,6 +60,11 @@ class VerifyLayout:
     soft_prompt_length: int
     sees_all: bool = False
 
+    @property
+    def contemplated(self) -> Tensor:
+        """(B, T+1) bool: which nodes carry a contemplate token."""
+        return torch.zeros_like(self.tokens, dtype=torch.bool).scatter_(1, self.contemplate_nodes, True)
+
 
 def verify_layout(
     tree: DraftTree,
@@ -103,7 +109,7 @@ def verify_layout(
     places = torch.cat([node_places, node_places.gather(1, contemplate_nodes) + 1], dim=1)  # (B, Q)
 
     lengths = [slot_position_ids.shape[1]] * batch_size if lengths is None else lengths
-    rows = torch.tensor(lengths, device=device)[:, None] + torch.arange(width, device=device)  # (B, Q) slots
+    rows = send(lengths, device)[:, None] + torch.arange(width, device=device)  # (B, Q) slots
     empty = max(lengths) + width - slot_position_ids.shape[1]
     slots = torch.nn.functional.pad(slot_position_ids, (0, empty), value=-1)  # (B, K)
     mask = (slots >= 0)[:, None].repeat(1, width, 1)
