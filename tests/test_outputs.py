@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -35,8 +37,8 @@ def check_same(ours, theirs):
     """Ids, structure, shapes, values. Weights and states of masked rows are the model's own, and compared too."""
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     for name in FIELDS:
-        if theirs[name] is None:
-            assert ours[name] is None
+        if getattr(theirs, name) is None:
+            assert getattr(ours, name) is None
             continue
         flat = leaves(ours[name]), leaves(theirs[name])
         assert [getattr(leaf, "shape", leaf) for leaf in flat[0]] == [getattr(leaf, "shape", leaf) for leaf in flat[1]]
@@ -57,14 +59,13 @@ def both(model, assistant, **arguments):
     return outputs
 
 
-NAMES = ["Llama", "Mistral", "Gemma 3 (text)", "GPT-2", "Phi-3", "gpt-oss", "Falcon, new decoder"]
+NAMES = ["Llama", "Gemma 3 (text)", "GPT-2", "gpt-oss", "Falcon, new decoder"]
 
 
 @pytest.mark.parametrize("architecture", [one for one in ARCHITECTURES if one.name in NAMES], ids=lambda one: one.name)
 def test_a_padded_batch_and_a_sampled_row(architecture):
     """Longer than the windows; the rows end at different tokens, and the shorter one goes on with its padding."""
-    model = architecture.model()
-    model.set_attn_implementation("eager")
+    model = replace(architecture, config={**architecture.config, "attn_implementation": "eager"}).model()
     assistant = make_oracle(model)
     free = model.generate(PROMPTS, attention_mask=MASK, do_sample=False, eos_token_id=-1, **LENGTHS)[0, 9:].tolist()
     both(model, assistant, input_ids=PROMPTS, attention_mask=MASK, eos_token_id=free[4])
@@ -77,7 +78,7 @@ def test_only_what_is_asked_for(field):
     model = tiny_llama(attn_implementation="eager")
     arguments = {f"output_{name}": name == field for name in FIELDS}
     _, ours = both(model, make_oracle(model), input_ids=PROMPTS[:1], **arguments)
-    assert [name for name in FIELDS if ours[name] is not None] == [field]
+    assert [name for name in FIELDS if getattr(ours, name) is not None] == [field]
 
 
 def test_asked_for_and_not_returned():
