@@ -15,9 +15,11 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models  # noqa: E402
 from transformers import (  # noqa: E402
     DynamicCache,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -153,13 +155,22 @@ class _Sum(StoppingCriteria):
 
 
 class _Streamer(BaseStreamer):
-    """Collects what it is given, in front of a call's text."""
+    """Reads along."""
 
     def put(self, value):
         """Takes anything."""
 
     def end(self):
         """Done."""
+
+
+def _stop_strings(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """One visible character per token; several of them stop."""
+    characters = list(map(chr, range(33, 33 + model.config.vocab_size)))
+    raw = Tokenizer(models.BPE({character: index for index, character in enumerate(characters)}, merges=[]))
+    raw.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    return {**inputs, "stop_strings": characters[:90:6], "tokenizer": tokenizer}
 
 
 def _returned(*names: str) -> Callable[[PreTrainedModel, Inputs], Inputs]:
@@ -191,6 +202,7 @@ SERVED = [
     Option("max_length", adds(max_length=14, max_new_tokens=None)),
     Option("eos_token_id, pad_token_id", adds(eos_token_id=list(range(0, 97, 6)), pad_token_id=0)),
     Option("stopping_criteria", lambda model, inputs: {**inputs, "stopping_criteria": StoppingCriteriaList([_Sum()])}),
+    Option("stop_strings, tokenizer", _stop_strings),
     Option("max_time", adds(max_time=1000.0)),
     Option("streamer", lambda model, inputs: {**inputs, "streamer": _Streamer()}, runs=(ONCE, SAMPLED)),
 ]
@@ -216,7 +228,7 @@ REFUSED = [
         refusal="got cache_implementation='quantized'",
     ),
     Option(
-        "cache_implementation='offloaded', 'offloaded_static'",
+        "cache_implementation='offloaded', and its static kin",
         adds(cache_implementation="offloaded"),
         refusal="got cache_implementation='offloaded'",
     ),
@@ -261,9 +273,7 @@ def table() -> str:
 
 def code(name: str) -> str:
     """Names of arguments as code, words as they are."""
-    return re.sub(
-        r"[a-z]+_[a-z_]+(='[a-z]+'(, '[a-z_]+')*|=False)?|(Dynamic|Static)Cache|streamer\b", r"`\g<0>`", name
-    )
+    return re.sub(r"[a-z]+_[a-z_]+(='[a-z]+'|=False)?|(Dynamic|Static)Cache|streamer\b", r"`\g<0>`", name)
 
 
 def written(text: str) -> str:
