@@ -184,7 +184,11 @@ SERVED = [
     Option("inputs_embeds with input_ids", _embeddings(keep_ids=True)),
     Option("position_ids", _positions),
     Option("prefill_chunk_size", adds(prefill_chunk_size=3)),
-    Option("num_return_sequences", adds(num_return_sequences=3, do_sample=True, top_k=1), runs=(ONCE, ROWS)),
+    Option(
+        "num_return_sequences, do_sample, top_k=1",
+        adds(num_return_sequences=3, do_sample=True, top_k=1),
+        runs=(ONCE, ROWS),
+    ),
     Option("a DynamicCache handed in", _cache(lambda model: DynamicCache(config=model.config))),
     Option("a StaticCache handed in", _cache(lambda model: StaticCache(config=model.config, max_cache_len=40))),
     Option("cache_implementation='dynamic'", adds(cache_implementation="dynamic")),

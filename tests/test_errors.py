@@ -160,6 +160,7 @@ def test_wrong_device(target, confu):
                 "Call",
             ],
         ),
+        ({"prefill_chunk_size": 0}, ["got prefill_chunk_size=0, expected 1 or more, or None. Leave it out to read"]),
         ({"prompt_lookup_num_tokens": 3}, ["got prompt_lookup_num_tokens=3, expected None", "one way of drafting"]),
         ({"dola_layers": "high"}, ["got dola_layers='high', expected None", "Leave out the assistant for DoLa"]),
         ({"synced_gpus": True}, ["got synced_gpus=True, expected", "Leave out the assistant"]),

@@ -140,6 +140,12 @@ def check_strategy(config: GenerationConfig, target: PreTrainedModel) -> None:
             'Call model.set_attn_implementation("eager"), or leave out output_attentions.',
         ),
         ("cache_implementation", weights and kind not in ("None", "dynamic"), "None with output_attentions", static),
+        (
+            "prefill_chunk_size",
+            config.prefill_chunk_size is not None and config.prefill_chunk_size < 1,
+            "1 or more, or None",
+            "Leave it out to read the prompt in one pass.",
+        ),
         ("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens is not None, None, "Use one way of drafting."),
         ("dola_layers", getattr(config, "dola_layers", None) is not None, None, "Leave out the assistant for DoLa."),
         ("penalty_alpha", bool(config.penalty_alpha), None, "Leave out the assistant for contrastive search."),

@@ -116,9 +116,9 @@ def prefill(
             counted = attention_mask.long()
         # As plain decoding counts: a masked token stands at 0, and what follows counts on from the last one.
         position_ids = (counted.cumsum(-1) - 1).masked_fill(counted == 0, 0)[:, -length:]
-    features = []
-    for start in range(0, length, chunk_size or length):
-        stop = min(length, start + (chunk_size or length))
+    features, size = [], length if chunk_size is None else chunk_size
+    for start in range(0, length, size):
+        stop = min(length, start + size)
         output = model(
             **{name: prompt[:, start:stop]},
             attention_mask=None if attention_mask is None else attention_mask[:, : past + stop],
