@@ -104,6 +104,15 @@ def is_handed_in(cache: Cache | None) -> bool:
     return bool(getattr(cache, "_is_user_defined", False))
 
 
+def mask_length(attention_mask: Tensor | None, generation_config: Any, default: int) -> int:
+    """Tokens that the attention mask of a call is of. Since Transformers 5.23 `generate` drops one that hides nothing,
+    and notes its length."""
+    if attention_mask is not None:
+        return attention_mask.shape[-1]
+    noted = getattr(generation_config, "_mask_length", None)
+    return default if noted is None else noted
+
+
 @functools.cache
 def _lists_entering_states() -> bool:
     """Whether `output_hidden_states=[i]` gives the state entering layer `i`, as `hidden_states[i]` is with True.

@@ -157,6 +157,28 @@ def test_embeddings_behind_a_cache():
     assert got.tolist() == fresh[:, again.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_new_ids_alone_behind_a_cache(rows, own_positions):
+    """The mask is of all tokens; what is returned are the new ids and what follows them."""
+    model, (ids, mask) = tiny_llama(), padded(PROMPTS[:rows])
+    texts = []
+    for more in ({}, {"assistant_model": make_oracle(model), **TREE}):
+        cache = cache_keyword(model, DynamicCache(config=model.config))
+        whole = model.generate(ids, attention_mask=mask, do_sample=False, **cache, **more, **LENGTHS)
+        for turn in range(2):  # the newest token is not in the cache yet
+            new = torch.cat([whole[:, -1:], ids[:, -2:]], dim=1)
+            past = next(iter(cache.values())).get_seq_length()
+            seen = torch.cat([mask, mask.new_ones(rows, past + 3 - mask.shape[1])], dim=1)
+            positions = (
+                {"position_ids": torch.arange(3).expand(rows, -1) * 2 + 40 * (turn + 1)} if own_positions else {}
+            )
+            arguments = {"attention_mask": seen, "do_sample": False, **positions, **cache, **LENGTHS}
+            whole = model.generate(new, repetition_penalty=1.5, **arguments, **more)
+            texts.append(whole.tolist())
+    assert texts[:2] == texts[2:]
+
+
 POSITIONS = {
     "shifted": lambda mask: (mask.cumsum(-1) - 1).clamp(min=0) + 9,
     "stretched": lambda mask: (mask.cumsum(-1) - 1).clamp(min=0) * 3,

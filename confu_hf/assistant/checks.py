@@ -177,7 +177,7 @@ def check_inputs(
         raise _refused_call("synced_gpus=True", "a target that each process holds whole", fix)
     if prompt.cache is not None:
         _check_cache(prompt, config, num_layers)
-    _check_shapes(prompt)
+    _check_shapes(prompt, config)
     unknown = [name for name, value in model_kwargs.items() if value is not None and name not in LOOP_INPUTS]
     if unknown:
         fix = "Leave them out, or leave out the assistant."
@@ -196,29 +196,27 @@ def _check_cache(prompt: Prompt, config: GenerationConfig, num_layers: int) -> N
     if held not in (0, batch_size) and (past_length or is_static(cache)):
         fix = "Repeat the cache with cache.batch_repeat_interleave(n), or leave it out."
         raise _refused_call(f"a cache of {held} rows with a batch of {batch_size}", "as many", fix)
-    positions = prompt.position_ids
-    only_new = past_length > 0 and positions is not None and positions.shape[-1] == past_length + length
-    if past_length >= length or only_new:
+    if past_length >= length:
         raise _refused_call(
             f"{length} {prompt.name} on top of a cache of {past_length} tokens",
             f"the whole prompt in {prompt.name}, those in the cache included",
-            "Pass the conversation so far, as for a call without a cache.",
+            "Pass the conversation so far, as for a call without a cache; or new ids with an attention_mask of all tokens.",
         )
 
 
-def _check_shapes(prompt: Prompt) -> None:
+def _check_shapes(prompt: Prompt, config: GenerationConfig) -> None:
     """Whether mask and positions belong to the prompt."""
     batch_size, length, mask = len(prompt.input_ids), prompt.length, prompt.attention_mask
-    if mask is not None and mask.shape != (batch_size, length):
-        # `generate` counts positions by the mask, and then drops a mask that hides nothing.
-        got, fix = f"an attention_mask of shape {tuple(mask.shape)}", "Pass the one that belongs to them."
-        raise _refused_call(got, f"{(batch_size, length)}, as {prompt.name}", fix)
+    shape = (batch_size, compat.mask_length(mask, config, length)) if mask is None else tuple(mask.shape)
+    if shape != (batch_size, length):
+        fix = "Pass the one that belongs to them, or leave it out."
+        raise _refused_call(f"an attention_mask of shape {shape}", f"{(batch_size, length)}, as {prompt.name}", fix)
     positions = prompt.position_ids
     if positions is None:
         return
     lengths = {length, length - length_of(prompt.cache)}
     if positions.ndim != 2 or positions.shape[0] not in (1, batch_size) or positions.shape[1] not in lengths:
-        got = f"position_ids (or an attention_mask) of shape {tuple(positions.shape)}"
+        got = f"position_ids of shape {tuple(positions.shape)}"
         fix = "Pass those that belong to the prompt, or leave them out."
         raise _refused_call(got, f"{(batch_size, length)}, as {prompt.name}", fix)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ from ..decoding.loop import Decoder, confu_generate
 from ..decoding.prompt import Prompt
 from ..errors import refusal
 from ..options import OPTION_ARGUMENTS, TreeOptions
-from ..target.exchange import is_static, windows_of
+from ..target.exchange import is_static, length_of, windows_of
 from ..target.soft_prompts import check_no_checkpointing
 from ..target.support import check_supported
 from .checks import (
@@ -92,6 +93,9 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             cache=cache if keeps else None,
             chunk_size=generation_config.prefill_chunk_size,
         )
+        past, width = length_of(prompt.cache), compat.mask_length(prompt.attention_mask, generation_config, 0)
+        if prompt.inputs_embeds is None and width == past + prompt.length:
+            prompt = replace(prompt, left_out=past)
         num_layers = self.config.get_text_config(decoder=True).num_hidden_layers
         check_inputs(prompt, inputs, generation_config, num_layers, synced_gpus=synced_gpus, streamer=streamer)
         decoder = Decoder(

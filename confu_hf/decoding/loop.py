@@ -115,7 +115,7 @@ class Decoder:
     def _observe_prompt(self, state: DecodingState, rows: Rows, prompt: Prompt, past: int) -> None:
         """Tell the drafter of the prompt. `rows` lack the tokens that the prompt itself goes on with."""
         if prompt.inputs_embeds is None:
-            tokens = torch.cat([prompt.input_ids[:, past + 1 :], rows.tokens], dim=1)
+            tokens = torch.cat([prompt.input_ids[:, past - prompt.left_out + 1 :], rows.tokens], dim=1)
             self.drafter.observe(state, replace(rows, tokens=tokens))
             return
         older = (rows.features[:, :-1], rows.position_ids[:, :-1])
@@ -294,7 +294,8 @@ def confu_generate(
     Returns:
         What `generate()` returns, and the statistics of the call.
     """
-    if prompt.inputs_embeds is None:
+    has_all_ids = prompt.inputs_embeds is None and not prompt.left_out
+    if has_all_ids:
         decoder.drafter.recall(prompt.cache, prompt.input_ids)
     state, acceptance = decoder.start(prompt)
     with accelerated(decoder.target, decoder.drafter.network, pack_weights, products) as acceleration:
@@ -316,7 +317,7 @@ def confu_generate(
     stats = replace(decoder.tally.stats(new_tokens), **asdict(acceleration))
     if decoder.returns_cache:
         cache = decoder.close_cache(prompt.cache)
-        if prompt.inputs_embeds is None:
+        if has_all_ids:
             decoder.drafter.remember(cache, sequences)
     if not generation_config.return_dict_in_generate:
         return sequences, stats

@@ -14,7 +14,7 @@ class Prompt:
 
     With ids alone they are the same. With `inputs_embeds` the target reads these, and the ids, which may be none, are for
     processors, criteria, lookups and for the output: 5 embeddings without ids, 3 tokens decided: N = 5, `input_ids` of
-    3, the cache of 5 + 3 - 1.
+    3, the cache of 5 + 3 - 1. Nor need ids be repeated that a cache holds.
 
     Attributes:
         input_ids: `(B, n)` long.
@@ -22,6 +22,7 @@ class Prompt:
         position_ids: `(B, N)` or `(1, N)` long, or of the part behind the cache only; None = counted by the mask.
         inputs_embeds: `(B, N, d)`; None = the ids are read.
         cache: holds a prefix of what is read; it is extended in place. None = the call makes its own.
+        left_out: tokens of the cache that the ids do not repeat: all of them, or 0.
         chunk_size: tokens of one pass of prefill; None = all.
     """
 
@@ -30,6 +31,7 @@ class Prompt:
     position_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
     cache: Cache | None = None
+    left_out: int = 0
     chunk_size: int | None = None
 
     @property
@@ -40,7 +42,7 @@ class Prompt:
     @property
     def length(self) -> int:
         """`N`."""
-        return (self.input_ids if self.inputs_embeds is None else self.inputs_embeds).shape[1]
+        return (self.input_ids if self.inputs_embeds is None else self.inputs_embeds).shape[1] + self.left_out
 
     @property
     def without_ids(self) -> int:
@@ -56,7 +58,7 @@ class Prompt:
         """The arguments of prefill for what a cache of `past` tokens does not hold."""
         mask, embeds = self.mask(), self.inputs_embeds
         return {
-            "input_ids": None if embeds is not None else self.input_ids[:, past:],
+            "input_ids": None if embeds is not None else self.input_ids[:, past - self.left_out :],
             "inputs_embeds": None if embeds is None else embeds[:, past:],
             "position_ids": None if self.position_ids is None else self.position_ids[:, past - self.length :],
             # Without padding the model's fastest causal path needs no mask.
