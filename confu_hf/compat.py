@@ -22,7 +22,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
 from transformers.utils import cached_file
 
@@ -35,6 +41,8 @@ __all__ = [
     "CacheLayerMixin",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "StaticLayer",
+    "StaticSlidingWindowLayer",
     "cached_file",
 ]
 
@@ -86,10 +94,23 @@ def decoder_only_output(*, cache: Cache, **values: Any) -> GenerateDecoderOnlyOu
 
 
 def split_cache(model_kwargs: Mapping[str, Any]) -> tuple[Cache | None, dict[str, Any]]:
-    """The user's cache out of the model inputs of `generate`, None if `generate` made it; and the other inputs."""
+    """The cache out of the model inputs of `generate`, and the other inputs."""
     cache = next((model_kwargs[name] for name in _CACHE_NAMES if model_kwargs.get(name) is not None), None)
-    others = {name: value for name, value in model_kwargs.items() if name not in _CACHE_NAMES}
-    return cache if getattr(cache, "_is_user_defined", False) else None, others
+    return cache, {name: value for name, value in model_kwargs.items() if name not in _CACHE_NAMES}
+
+
+def is_handed_in(cache: Cache | None) -> bool:
+    """Whether a cache in the model inputs of `generate` is the user's; else `generate` made it."""
+    return bool(getattr(cache, "_is_user_defined", False))
+
+
+def mask_length(attention_mask: Tensor | None, generation_config: Any, default: int) -> int:
+    """Tokens that the attention mask of a call is of. Since Transformers 5.23 `generate` drops one that hides nothing,
+    and notes its length."""
+    if attention_mask is not None:
+        return attention_mask.shape[-1]
+    noted = getattr(generation_config, "_mask_length", None)
+    return default if noted is None else noted
 
 
 @functools.cache
@@ -112,9 +133,10 @@ def layer_states_request(layer_ids: Sequence[int]) -> list[int] | bool:
     return [layer_id - 1 for layer_id in layer_ids] if min(layer_ids) > 0 else True
 
 
-def layer_states(output: Any, layer_ids: Sequence[int]) -> list[Tensor]:
-    """The hidden states `(B, N, d)` entering layers `layer_ids`, of a pass with [`layer_states_request`]."""
-    shift = 0 if _lists_entering_states() or min(layer_ids) == 0 else 1
+def layer_states(output: Any, layer_ids: Sequence[int], all_layers: bool = False) -> list[Tensor]:
+    """The hidden states `(B, N, d)` entering layers `layer_ids`, of a pass with [`layer_states_request`], or with all
+    hidden states."""
+    shift = 0 if all_layers or _lists_entering_states() or min(layer_ids) == 0 else 1
     return [output.hidden_states[layer_id - shift] for layer_id in layer_ids]
 
 

@@ -28,18 +28,21 @@ class OracleDrafter(NetworkDrafter):
     The real draft runs along: its cache and masks are exercised.
     """
 
-    def __init__(self, draft, target):
+    def __init__(self, draft, target, unseen=None):
         super().__init__(draft, target.get_input_embeddings())
-        self.target, self.steps = target, 0
+        self.target, self.steps, self.unseen = target, 0, unseen
 
     def observe(self, state, rows):
         super().observe(state, rows)
         self.decided = [ids[:length].tolist() for ids, length in zip(state.input_ids, state.lengths, strict=True)]
         self.decided = [ids[next((i for i, token in enumerate(ids) if token), 0) :] for ids in self.decided]  # padding
+        if self.unseen is not None:
+            self.decided = [[*unseen, *ids] for unseen, ids in zip(self.unseen, self.decided, strict=True)]
 
     def select(self, rows):
         super().select(rows)
         self.decided = [self.decided[row] for row in rows]
+        self.unseen = None if self.unseen is None else [self.unseen[row] for row in rows]
 
     def step(self, tokens, parents, top_k):
         super().step(tokens, parents, top_k)
@@ -57,10 +60,14 @@ class OracleDrafter(NetworkDrafter):
 
 
 class OracleAssistant(ConFuAssistant):
+    unseen = None  # of each row what the target reads and `generate` has no ids of
+
     def new_drafter(self, target, options):
-        return OracleDrafter(self, target)
+        return OracleDrafter(self, target, self.unseen)
 
 
-def make_oracle(model, **config) -> ConFuAssistant:
+def make_oracle(model, unseen=None, **config) -> ConFuAssistant:
     """An assistant that is mostly right."""
-    return make_assistant(model, assistant_class=OracleAssistant, **config)
+    assistant = make_assistant(model, assistant_class=OracleAssistant, **config)
+    assistant.unseen = unseen
+    return assistant

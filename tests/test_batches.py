@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from options import BATCHED
 from oracles import make_assistant, make_oracle
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_llama
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
@@ -92,23 +93,11 @@ def test_lookup_alone():
     )
 
 
-PROCESSORS = {
-    "repetition_penalty": 1.4,
-    "no_repeat_ngram_size": 2,
-    "encoder_repetition_penalty": 1.3,
-    "encoder_no_repeat_ngram_size": 1,
-    "min_new_tokens": 9,
-    "sequence_bias": [[[3], 2.0], [[9, 31], -4.0]],
-    "guidance_scale": 1.5,
-    "prefix_allowed_tokens_fn": lambda row, ids: [2, *range(row * 20, row * 20 + 30)],
-}
-
-
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", BATCHED)
 def test_processors_see_their_own_row(name):
     """Some hold something for each row of the batch."""
     model, inputs = tiny_llama(), batch()
-    arguments = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, name: PROCESSORS[name]}
+    arguments = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, name: BATCHED[name]}
     expected = model.generate(**inputs, **arguments)
     got = model.generate(**inputs, assistant_model=make_oracle(model), **arguments)
     assert got.tolist() == expected.tolist()

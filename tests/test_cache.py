@@ -14,12 +14,12 @@ from tiny_models import (
     tiny_llama,
     tiny_mistral,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from confu_hf.compat import cache_keyword
+from confu_hf.compat import DynamicLayer, cache_keyword
 from confu_hf.target.cache import TreeCache
 from confu_hf.target.context import ContemplateContext
-from confu_hf.target.exchange import export_cache, import_cache
+from confu_hf.target.exchange import check_cache, export_cache, import_cache
 from confu_hf.target.passes import prefill
 from confu_hf.target.slots import Slots
 
@@ -339,14 +339,55 @@ def test_a_tree_cache_can_be_exported_to_and_imported_again():
 
 
 def test_foreign_caches_are_refused():
+    """By name, and before anything is copied."""
     model = tiny_llama()
-    static = StaticCache(config=model.config, max_cache_len=16)
-    with pytest.raises(ValueError, match="got a StaticLayer, expected the plain layers of a DynamicCache"):
-        import_cache(static, NUM_LAYERS)
-    with pytest.raises(ValueError, match="got a StaticLayer"):
-        export_cache(TreeCache(NUM_LAYERS), static)
-    with pytest.raises(ValueError, match="got 8 layers, expected at most 3"):
+    quantized, offloaded = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    quantized.layers[3] = type("QuantoQuantizedLayer", (DynamicLayer,), {})()
+    offloaded.offloading = True
+    messages = {
+        r"got a DynamicCache of layers \['QuantoQuantizedLayer'\], expected plain dynamic or static layers": quantized,
+        "got a DynamicCache that offloads its layers, expected one whose layers stay where the model is": offloaded,
+        "got 3 layers, expected 8, the model's": TreeCache(3),
+        "got a EncoderDecoderCache, expected a cache of a decoder": EncoderDecoderCache(
+            DynamicCache(), DynamicCache()
+        ),
+    }
+    for message, cache in messages.items():
+        with pytest.raises(ValueError, match=message):
+            import_cache(cache, NUM_LAYERS)
+        with pytest.raises(ValueError, match=message):
+            export_cache(TreeCache(NUM_LAYERS), cache)
+    with pytest.raises(ValueError, match="got 8 layers, expected 3"):
         import_cache(DynamicCache(config=model.config), LAYERS)
+    check_cache(StaticCache(config=model.config, max_cache_len=16), NUM_LAYERS, slots=16)
+    with pytest.raises(ValueError, match="got a StaticCache for 16 tokens, expected room for 17, prompt and answer"):
+        check_cache(StaticCache(config=model.config, max_cache_len=16), NUM_LAYERS, slots=17)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+@pytest.mark.parametrize(("length", "early"), [(4, False), (11, False), (11, True)])
+def test_static_caches_in_and_out(make, length, early):
+    """As a plain pass fills one, windows that are full included; in the memory that it had."""
+    model, ids, more = make(), prompt_ids(length=length), prompt_ids(length=3)
+    users, ours = (StaticCache(config=model.config, max_cache_len=20) for _ in range(2))
+    if early:
+        for cache in (users, ours):
+            cache.early_initialization(1, 2, 8, torch.float64, "cpu")
+    prefill(model, ids, users, LAYER_IDS)
+    cache = import_cache(users, NUM_LAYERS)
+    assert cache.get_seq_length() == length
+    prefill(model, more, cache, LAYER_IDS)
+    buffers = [layer.keys for layer in ours.layers]
+    export_cache(cache, ours)
+    prefill(model, more, users, LAYER_IDS)
+    for layer, reference, buffer in zip(ours.layers, users.layers, buffers, strict=True):
+        assert int(layer.get_seq_length()) == int(reference.get_seq_length()) == length + 3
+        torch.testing.assert_close(layer.keys, reference.keys, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer.values, reference.values, rtol=0, atol=1e-12)
+        assert buffer is None or layer.keys is buffer
+    again = [prefill(model, more, target, LAYER_IDS).logits for target in (ours, users, cache)]
+    torch.testing.assert_close(again[0], again[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(again[0], again[2], rtol=0, atol=1e-12)
 
 
 def test_contemplate_context_puts_prompts_with_gradient_in_front_and_keeps_nothing():

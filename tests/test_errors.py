@@ -148,16 +148,26 @@ def test_wrong_device(target, confu):
         ({"num_beams": 3}, ["got num_beams=3, expected 1", "Set num_beams=1"]),
         ({"use_cache": False}, ["got use_cache=False, expected True", "Set use_cache=True"]),
         (
-            {"cache_implementation": "static"},
-            ["got cache_implementation='static', expected None or 'dynamic'", "Leave out"],
+            {"cache_implementation": "quantized"},
+            ["got cache_implementation='quantized', expected None, 'dynamic' or 'static'", "Leave out"],
         ),
         ({"cache_implementation": "offloaded"}, ["got cache_implementation='offloaded'"]),
-        ({"return_dict_in_generate": True, "output_attentions": True}, ["got output_attentions=True, expected False"]),
-        ({"return_dict_in_generate": True, "output_hidden_states": True}, ["got output_hidden_states=True"]),
+        ({"cache_implementation": "offloaded_static"}, ["got cache_implementation='offloaded_static'"]),
+        (
+            {"return_dict_in_generate": True, "output_attentions": True},
+            [
+                "got output_attentions=True, expected attn_implementation='eager', since 'sdpa' computes no attention",
+                "Call",
+            ],
+        ),
+        ({"prefill_chunk_size": 0}, ["got prefill_chunk_size=0, expected 1 or more, or None. Leave it out to read"]),
         ({"prompt_lookup_num_tokens": 3}, ["got prompt_lookup_num_tokens=3, expected None", "one way of drafting"]),
         ({"dola_layers": "high"}, ["got dola_layers='high', expected None", "Leave out the assistant for DoLa"]),
         ({"synced_gpus": True}, ["got synced_gpus=True, expected", "Leave out the assistant"]),
-        ({"position_ids": torch.arange(5, 16)[None]}, ["position_ids other than those of the attention mask"]),
+        (
+            {"position_ids": torch.arange(11).expand(3, 1, -1)},
+            [r"got position_ids of shape \(3, 1, 11\), expected \(1, 11\), as input_ids. Pass"],
+        ),
         ({"labels": PROMPT}, [r"got model inputs \['labels'\], expected none but", "Leave them out"]),
     ],
 )
@@ -186,26 +196,67 @@ def test_a_cache_of_another_batch_size(target, confu):
     refused(message, generate(target, confu, prompt=PROMPT.repeat(2, 1), **cache_keyword(target, cache)), target)
 
 
-def test_static_cache(target, confu):
+def test_a_static_cache_that_is_too_small(target, confu):
+    cache = StaticCache(config=target.config, max_cache_len=15)
+    call = generate(target, confu, **cache_keyword(target, cache))
+    refused(
+        ["got a StaticCache for 15 tokens, expected room for 16, prompt and answer. Pass StaticCache"], call, target
+    )
+    assert not cache.get_seq_length()
+
+
+def test_a_static_cache_of_another_batch_size(target, confu):
     cache = StaticCache(config=target.config, max_cache_len=64)
-    message = ["got a cache of type StaticCache, expected a DynamicCache, or none. Pass DynamicCache"]
+    cache.early_initialization(1, 2, 8, target.dtype, target.device)
+    message = ["got a cache of 1 rows with a batch of 2, expected as many"]
+    refused(message, generate(target, confu, prompt=PROMPT.repeat(2, 1), **cache_keyword(target, cache)), target)
+
+
+@pytest.mark.parametrize("handed_in", [True, False])
+def test_attention_weights_with_a_static_cache(confu, handed_in):
+    target = tiny_llama(attn_implementation="eager")
+    confu.detach()
+    confu.attach(target)
+    options = {"return_dict_in_generate": True, "output_attentions": True, "cache_implementation": "static"}
+    message = ["got cache_implementation='static', expected None with output_attentions. Leave out"]
+    if handed_in:
+        del options["cache_implementation"]
+        options |= cache_keyword(target, StaticCache(config=target.config, max_cache_len=64))
+        message = ["got output_attentions=True with a static cache, expected a dynamic one. Pass DynamicCache"]
+    refused(message, generate(target, confu, **options), target)
+
+
+def test_a_cache_that_offloads(target, confu):
+    """Empty caches too are looked at before the call, not when it ends."""
+    cache = DynamicCache(config=target.config)
+    cache.offloading = True
+    message = ["The cache that was passed in: got a DynamicCache that offloads its layers, expected one whose"]
     refused(message, generate(target, confu, **cache_keyword(target, cache)), target)
 
 
 def test_a_prompt_without_its_cached_part(target, confu):
+    """Without a mask of all tokens nothing tells that it is new."""
     cache = DynamicCache(config=target.config)
     target(PROMPT, **cache_keyword(target, cache))
-    message = ["got 2 input_ids on top of a cache of 11 tokens, expected the whole prompt", "Pass the ids of the"]
-    mask = torch.ones(1, 13, dtype=torch.long)
-    call = generate(target, confu, prompt=torch.tensor([[5, 6]]), attention_mask=mask, **cache_keyword(target, cache))
-    refused(message, call, target)
+    message = [
+        "got 2 input_ids on top of a cache of 11 tokens, expected the whole prompt in input_ids",
+        "Pass the conversation so far.*or new ids with an attention_mask",
+    ]
+    refused(message, generate(target, confu, prompt=torch.tensor([[5, 6]]), **cache_keyword(target, cache)), target)
     assert cache.get_seq_length() == 11
 
 
-def test_embeddings_instead_of_ids(target, confu):
-    embeddings = target.get_input_embeddings()(PROMPT)
+def test_embeddings_without_a_token(target, confu):
+    embeddings = target.get_input_embeddings()(PROMPT)[:, :0]
     call = lambda: target.generate(inputs_embeds=embeddings, assistant_model=confu, max_new_tokens=6)  # noqa: E731
-    refused(["got inputs_embeds, expected input_ids. Pass token ids"], call, target)
+    refused(["expected a token to go on from"], call, target)
+
+
+def test_embeddings_with_ids_of_another_length(target, confu):
+    """Plain `generate` counts positions by the ids then, and fails in the middle; with a mask of the embeddings it works."""
+    embeddings = target.get_input_embeddings()(PROMPT)
+    message = [r"got an attention_mask of shape \(1, 3\), expected \(1, 11\), as inputs_embeds. Pass"]
+    refused(message, generate(target, confu, prompt=PROMPT[:, :3], inputs_embeds=embeddings), target)
 
 
 def test_an_empty_prompt(target, confu):
@@ -215,7 +266,7 @@ def test_an_empty_prompt(target, confu):
 
 @pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
 def test_a_mask_of_another_length(target, confu, name):
-    message = [r"got an attention_mask \(or position_ids\) of shape \(1, 5\), expected \(1, 11\), as input_ids. Pass"]
+    message = [rf"got .*{name}.* of shape \(1, 5\), expected \(1, 11\), as input_ids. Pass"]
     refused(message, generate(target, confu, **{name: torch.ones(1, 5, dtype=torch.long)}), target)
 
 

@@ -1,6 +1,6 @@
 """Every option of `generate` that changes logits or ends a text: seed for seed the text of plain `generate`.
 
-What the options build is noted, and held against the processors that Transformers ships: a new one must be added here.
+The processors are those of options.py, held against those that Transformers ships: a new one must be added there.
 """
 
 from __future__ import annotations
@@ -9,16 +9,10 @@ import inspect
 
 import pytest
 import torch
+from options import ELSEWHERE, PROCESSORS, WARPERS
 from oracles import make_oracle
 from tiny_models import tiny_llama
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    SynthIDTextWatermarkingConfig,
-    WatermarkingConfig,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import logits_process
 
 from confu_hf.compat import OUTPUT_CACHE, cache_keyword
@@ -26,54 +20,6 @@ from confu_hf.compat import OUTPUT_CACHE, cache_keyword
 PROMPT = torch.tensor([[5, 17, 33, 8, 61, 12, 90, 44, 23, 17, 33]])
 TREE = {"total_tokens": 8, "depth": 4, "draft_top_k": 3}
 LENGTHS = {"max_new_tokens": 14, "pad_token_id": 0}
-
-OPTIONS = {
-    "MinLengthLogitsProcessor": {"min_length": 20},
-    "MinNewTokensLengthLogitsProcessor": {"min_new_tokens": 9},
-    "RepetitionPenaltyLogitsProcessor": {"repetition_penalty": 1.4},
-    "EncoderRepetitionPenaltyLogitsProcessor": {"encoder_repetition_penalty": 1.3},
-    "NoRepeatNGramLogitsProcessor": {"no_repeat_ngram_size": 2},
-    "EncoderNoRepeatNGramLogitsProcessor": {"encoder_no_repeat_ngram_size": 1},
-    "SequenceBiasLogitsProcessor": {"sequence_bias": [[[3], 2.0], [[9, 31], -4.0]]},
-    "NoBadWordsLogitsProcessor": {"bad_words_ids": [[20], [7, 3]]},
-    "PrefixConstrainedLogitsProcessor": {"prefix_allowed_tokens_fn": lambda _, ids: range(int(ids[-1]) % 7, 97, 7)},
-    "ForcedBOSTokenLogitsProcessor": {"forced_bos_token_id": 7},
-    "ForcedEOSTokenLogitsProcessor": {"forced_eos_token_id": 2},
-    "InfNanRemoveLogitsProcessor": {"remove_invalid_values": True},
-    "ExponentialDecayLengthPenalty": {"exponential_decay_length_penalty": (3, 1.5)},
-    "LogitNormalization": {"renormalize_logits": True},
-    "SuppressTokensLogitsProcessor": {"suppress_tokens": [3, 54, 20]},
-    "SuppressTokensAtBeginLogitsProcessor": {"begin_suppress_tokens": [3, 54, 20]},
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor": {
-        "guidance_scale": 1.7,
-        "negative_prompt_ids": torch.tensor([[4, 8]]),
-    },
-    "WatermarkLogitsProcessor": {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
-    "SynthIDTextWatermarkLogitsProcessor": {
-        "watermarking_config": SynthIDTextWatermarkingConfig(keys=[654, 400, 836], ngram_len=3)
-    },
-}
-WARPERS = {
-    "TemperatureLogitsWarper": {"temperature": 0.6},
-    "TopKLogitsWarper": {"top_k": 5},
-    "TopPLogitsWarper": {"top_p": 0.7},
-    "TopHLogitsWarper": {"top_h": 0.5},
-    "MinPLogitsWarper": {"min_p": 0.2},
-    "TypicalLogitsWarper": {"typical_p": 0.6},
-    "EpsilonLogitsWarper": {"epsilon_cutoff": 0.02},
-    "EtaLogitsWarper": {"eta_cutoff": 0.1},
-}
-# No option of `generate` for text switches these on: speech, audio codes, batches of conditioned and bare prompts.
-ELSEWHERE = {
-    "AlternatingCodebooksLogitsProcessor",
-    "BarkEosPrioritizerLogitsProcessor",
-    "ClassifierFreeGuidanceLogitsProcessor",
-    "DiaClassifierFreeGuidanceLogitsProcessor",
-    "DiaEOSChannelFilterLogitsProcessor",
-    "DiaEOSDelayPatternLogitsProcessor",
-    "WhisperNoSpeechDetection",
-    "WhisperTimeStampLogitsProcessor",
-}
 
 
 def same(model, assistant, ids=PROMPT, **arguments):
@@ -87,13 +33,13 @@ def same(model, assistant, ids=PROMPT, **arguments):
 
 
 # The oldest versions lack the newest; warpers are for sampling.
-CASES = [(name, True) for name in [*OPTIONS, *WARPERS] if hasattr(logits_process, name)]
-CASES += [(name, False) for name, _ in CASES if name in OPTIONS]
+CASES = [(name, True) for name in [*PROCESSORS, *WARPERS] if hasattr(logits_process, name)]
+CASES += [(name, False) for name, _ in CASES if name in PROCESSORS]
 
 
 @pytest.mark.parametrize(("name", "do_sample"), CASES)
 def test_processors_and_warpers(name, do_sample, monkeypatch):
-    options = {**OPTIONS, **WARPERS}[name]
+    options = {**PROCESSORS, **WARPERS}[name]
     processor, called = getattr(logits_process, name), []
     call = processor.__call__
     monkeypatch.setattr(processor, "__call__", lambda self, *args: (called.append(1), call(self, *args))[1])
@@ -108,7 +54,7 @@ def test_no_processor_is_forgotten():
         for name, member in inspect.getmembers(logits_process, inspect.isclass)
         if issubclass(member, LogitsProcessor) and member is not LogitsProcessor
     }
-    assert shipped <= {*OPTIONS, *WARPERS, *ELSEWHERE}
+    assert shipped <= {*PROCESSORS, *WARPERS, *ELSEWHERE}
 
 
 class _Counting(LogitsProcessor):

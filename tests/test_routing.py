@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from threading import Thread
 
 import pytest
@@ -22,6 +23,7 @@ from confu_hf import ConFuAssistant
 from confu_hf.adapter.config import ConFuAdapterConfig
 from confu_hf.compat import cache_keyword
 from confu_hf.decoding.policy import FixedPolicy
+from confu_hf.options import TreeOptions
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
@@ -168,13 +170,20 @@ def test_none_for_contemplate_tokens_means_all(target, confu, options_seen):
     assert [options.contemplate_tokens for options in options_seen] == [2, None]
 
 
-def test_options_round_trip(confu, tmp_path):
+def test_options_round_trip(target, confu, tmp_path, options_seen):
+    """Every tree option is saved with the pair, and the loaded one decodes with it."""
     config = confu.generation_config
-    config.total_tokens, config.depth, config.top_k, config.contemplate_tokens = 12, 4, 6, 3
+    options = TreeOptions(12, 4, 6, 0.25, 3, False, False, "fixed", True)
+    assert all(getattr(options, field.name) != field.default for field in fields(TreeOptions))
+    for field in fields(TreeOptions):
+        setattr(config, field.name, getattr(options, field.name))
     confu.save_pretrained(tmp_path)
-    loaded = ConFuAssistant.from_pretrained(tmp_path).generation_config
-    for name in ("total_tokens", "depth", "top_k", "contemplate_tokens", "contemplate"):
-        assert getattr(loaded, name) == getattr(config, name)
+    loaded = ConFuAssistant.from_pretrained(tmp_path, target=target)
+    for field in fields(TreeOptions):
+        assert getattr(loaded.generation_config, field.name) == getattr(options, field.name)
+    loaded.new_policy = confu.new_policy
+    assisted(target, loaded, max_new_tokens=4)
+    assert options_seen == [options]
 
 
 def test_options_without_an_assistant_are_refused_as_ever(target, confu):

@@ -10,20 +10,30 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from .. import compat
 from ..adapter.files import CHILD_NAME
 from ..adapter.layer import ConFuLayer
 from ..configuration_confu import ConFuConfig
+from ..decoding.prompt import Prompt
 from ..errors import refusal
 from ..options import TreeOptions, check_options
-from ..target.exchange import batch_of
+from ..target.exchange import batch_of, check_cache, is_static, length_of
 
 # Inputs of a target that the loop hands on, or derives. Any other would be lost, and the text would change.
-LOOP_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
+LOOP_INPUTS = {
+    "attention_mask",
+    "cache_position",
+    "inputs_embeds",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
+    "use_cache",
+}
 
 
 def is_confu(assistant: Any) -> bool:
@@ -108,20 +118,34 @@ def check_placement(draft: PreTrainedModel, target: PreTrainedModel) -> None:
         )
 
 
-def check_strategy(config: GenerationConfig) -> None:
+def check_strategy(config: GenerationConfig, target: PreTrainedModel) -> None:
     """Raise a `ValueError` for decoding strategies, caches and outputs that a tree of drafts cannot serve."""
-    call_the_model = "Call the model on the generated sequence."
+    kind = str(config.cache_implementation)
+    weights = bool(config.return_dict_in_generate and config.output_attentions)
+    attention = compat.attention_implementation(target.config.get_text_config(decoder=True))
+    static = "Leave out cache_implementation: with a dynamic cache they are those of plain generate."
     refused = [
         ("num_beams", config.num_beams not in (None, 1), 1, "Set num_beams=1, or leave out the assistant."),
         ("use_cache", config.use_cache is False, True, "Set use_cache=True, or leave out the assistant."),
         (
             "cache_implementation",
-            config.cache_implementation not in (None, "dynamic"),
-            "None or 'dynamic' (a static, quantized or offloaded cache cannot hold a tree)",
+            kind == "quantized" or "offloaded" in kind,
+            "None, 'dynamic' or 'static', since every round reads and moves keys and values where they are",
             "Leave out cache_implementation.",
         ),
-        ("output_attentions", bool(config.output_attentions), False, call_the_model),
-        ("output_hidden_states", bool(config.output_hidden_states), False, call_the_model),
+        (
+            "output_attentions",
+            weights and attention != "eager",
+            f"attn_implementation='eager', since {attention!r} computes no attention weights that could be returned",
+            'Call model.set_attn_implementation("eager"), or leave out output_attentions.',
+        ),
+        ("cache_implementation", weights and kind not in ("None", "dynamic"), "None with output_attentions", static),
+        (
+            "prefill_chunk_size",
+            config.prefill_chunk_size is not None and config.prefill_chunk_size < 1,
+            "1 or more, or None",
+            "Leave it out to read the prompt in one pass.",
+        ),
         ("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens is not None, None, "Use one way of drafting."),
         ("dola_layers", getattr(config, "dola_layers", None) is not None, None, "Leave out the assistant for DoLa."),
         ("penalty_alpha", bool(config.penalty_alpha), None, "Leave out the assistant for contrastive search."),
@@ -132,55 +156,69 @@ def check_strategy(config: GenerationConfig) -> None:
 
 
 def check_inputs(
-    input_ids: Tensor,
-    cache: Cache | None,
+    prompt: Prompt,
     model_kwargs: Mapping[str, Any],
-    synced_gpus: bool,
+    config: GenerationConfig,
+    num_layers: int,
+    *,
+    synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
 ) -> None:
     """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out."""
-    batch_size, length = input_ids.shape
-    mask = model_kwargs.get("attention_mask")
-    position_ids = model_kwargs.get("position_ids")
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise _refused_call("inputs_embeds", "input_ids", "Pass token ids.")
+    batch_size, length = prompt.input_ids.shape[0], prompt.length
     if length == 0:
         fix = "Pass at least one token, such as the target's bos_token_id."
         raise _refused_call("an empty prompt (input_ids without a token)", "a token to go on from", fix)
-    if isinstance(cache, StaticCache):
-        fix = "Pass DynamicCache(config=model.config), or leave out the cache."
-        raise _refused_call("a cache of type StaticCache", "a DynamicCache, or none", fix)
     if streamer is not None and batch_size > 1:
         fix = "Leave out the streamer, or call generate once per prompt."
         raise _refused_call(f"a streamer with a batch of {batch_size}", "one prompt, whose tokens come in order", fix)
     if synced_gpus:
         fix = "Leave out the assistant under ZeRO-3 and FSDP."
         raise _refused_call("synced_gpus=True", "a target that each process holds whole", fix)
-    past_length = 0 if cache is None else cache.get_seq_length()
-    held = batch_of(cache)
-    if past_length and held != batch_size:
-        fix = "Repeat the cache with cache.batch_repeat_interleave(n), or leave it out."
-        raise _refused_call(f"a cache of {held} rows with a batch of {batch_size}", "as many", fix)
-    only_new = past_length > 0 and position_ids is not None and position_ids.shape[1] == past_length + length
-    if past_length >= length or only_new:
-        raise _refused_call(
-            f"{length} input_ids on top of a cache of {past_length} tokens",
-            "the whole prompt in input_ids, those in the cache included",
-            "Pass the ids of the conversation so far, as for a call without a cache.",
-        )
-    for given in (mask, position_ids):
-        if given is not None and given.shape != input_ids.shape:
-            # `generate` counts positions by the mask, and then drops a mask that hides nothing.
-            got = f"an attention_mask (or position_ids) of shape {tuple(given.shape)}"
-            fix = "Pass the one that belongs to these input_ids, or leave it out."
-            raise _refused_call(got, f"{tuple(input_ids.shape)}, as input_ids", fix)
-    real = torch.ones_like(input_ids).bool() if mask is None else mask.bool()
+    if prompt.cache is not None:
+        _check_cache(prompt, config, num_layers)
+    _check_shapes(prompt, config)
     unknown = [name for name, value in model_kwargs.items() if value is not None and name not in LOOP_INPUTS]
-    if position_ids is not None and not torch.equal(position_ids[real], (real.cumsum(-1) - 1)[real]):
-        unknown.append("position_ids other than those of the attention mask")
     if unknown:
         fix = "Leave them out, or leave out the assistant."
         raise _refused_call(f"model inputs {unknown}", f"none but {sorted(LOOP_INPUTS)}", fix)
+
+
+def _check_cache(prompt: Prompt, config: GenerationConfig, num_layers: int) -> None:
+    """Whether a prompt goes with the cache that it is to be read behind."""
+    cache, batch_size, length = prompt.cache, prompt.input_ids.shape[0], prompt.length
+    # The last token is written, but not read.
+    check_cache(cache, num_layers, None if config.max_length is None else config.max_length - 1 + prompt.without_ids)
+    past_length, held = length_of(cache), batch_of(cache)
+    if is_static(cache) and config.return_dict_in_generate and config.output_attentions:
+        fix = "Pass DynamicCache(config=model.config), or leave out the cache."
+        raise _refused_call("output_attentions=True with a static cache", "a dynamic one", fix)
+    if held not in (0, batch_size) and (past_length or is_static(cache)):
+        fix = "Repeat the cache with cache.batch_repeat_interleave(n), or leave it out."
+        raise _refused_call(f"a cache of {held} rows with a batch of {batch_size}", "as many", fix)
+    if past_length >= length:
+        raise _refused_call(
+            f"{length} {prompt.name} on top of a cache of {past_length} tokens",
+            f"the whole prompt in {prompt.name}, those in the cache included",
+            "Pass the conversation so far, as for a call without a cache; or new ids with an attention_mask of all tokens.",
+        )
+
+
+def _check_shapes(prompt: Prompt, config: GenerationConfig) -> None:
+    """Whether mask and positions belong to the prompt."""
+    batch_size, length, mask = len(prompt.input_ids), prompt.length, prompt.attention_mask
+    shape = (batch_size, compat.mask_length(mask, config, length)) if mask is None else tuple(mask.shape)
+    if shape != (batch_size, length):
+        fix = "Pass the one that belongs to them, or leave it out."
+        raise _refused_call(f"an attention_mask of shape {shape}", f"{(batch_size, length)}, as {prompt.name}", fix)
+    positions = prompt.position_ids
+    if positions is None:
+        return
+    lengths = {length, length - length_of(prompt.cache)}
+    if positions.ndim != 2 or positions.shape[0] not in (1, batch_size) or positions.shape[1] not in lengths:
+        got = f"position_ids of shape {tuple(positions.shape)}"
+        fix = "Pass those that belong to the prompt, or leave them out."
+        raise _refused_call(got, f"{(batch_size, length)}, as {prompt.name}", fix)
 
 
 def _refused_call(got: str, expected: object, fix: str) -> ValueError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,8 +19,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .. import compat
 from ..decoding.loop import Decoder, confu_generate
+from ..decoding.prompt import Prompt
 from ..errors import refusal
 from ..options import OPTION_ARGUMENTS, TreeOptions
+from ..target.exchange import is_static, length_of, windows_of
 from ..target.soft_prompts import check_no_checkpointing
 from ..target.support import check_supported
 from .checks import (
@@ -62,7 +65,7 @@ class ConFuGenerationMixin(compat.GenerateSteps):
         check_pair(assistant.config, self)
         if isinstance(assistant, nn.Module):  # a LookupAssistant has no weights to place
             check_placement(assistant, self)
-        check_strategy(generation_config)
+        check_strategy(generation_config, self)
         options = resolve_options(assistant, self, generation_config, taken)
         if options.contemplate:
             check_adapter(assistant.config, self, assistant.adapter_name(self))
@@ -81,9 +84,20 @@ class ConFuGenerationMixin(compat.GenerateSteps):
         synced_gpus,
         streamer,
     ):
-        """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
+        """`inputs` may hold a cache of the user; a dynamic one that `generate` made gives way to the loop's own."""
         cache, inputs = compat.split_cache(inputs)
-        check_inputs(input_ids, cache, inputs, synced_gpus, streamer)
+        keeps = compat.is_handed_in(cache) or (is_static(cache) and generation_config.return_dict_in_generate)
+        prompt = Prompt(
+            input_ids,
+            **{name: inputs.get(name) for name in ("attention_mask", "position_ids", "inputs_embeds")},
+            cache=cache if keeps else None,
+            chunk_size=generation_config.prefill_chunk_size,
+        )
+        past, width = length_of(prompt.cache), compat.mask_length(prompt.attention_mask, generation_config, 0)
+        if prompt.inputs_embeds is None and width == past + prompt.length:
+            prompt = replace(prompt, left_out=past)
+        num_layers = self.config.get_text_config(decoder=True).num_hidden_layers
+        check_inputs(prompt, inputs, generation_config, num_layers, synced_gpus=synced_gpus, streamer=streamer)
         decoder = Decoder(
             self,
             assistant.config.target_layer_ids,
@@ -93,17 +107,10 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             logits_processor,
             stopping_criteria,
             generation_config,
+            windows_of(cache, num_layers),
         )
-        output, assistant.stats = confu_generate(
-            decoder,
-            input_ids,
-            generation_config,
-            streamer,
-            attention_mask=inputs.get("attention_mask"),
-            cache=cache,
-            pack_weights=checked.pack_weights,
-            products=assistant.products,
-        )
+        pack = {"pack_weights": checked.pack_weights, "products": assistant.products}
+        output, assistant.stats = confu_generate(decoder, prompt, generation_config, streamer, **pack)
         return output
 
     def __reduce_ex__(self, protocol):

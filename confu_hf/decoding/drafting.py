@@ -1,8 +1,7 @@
 """What drafts: the `Drafter` that the loop asks for a tree, and the one that is a network.
 
 A drafter is told what every round decided (`observe`), and drafts when it is asked (`grow`; by default layer by layer, by
-`step`). Rows that it was
-told of wait until it drafts. Which nodes are expanded is decided in tree/growing.py; the network is modeling_confu.py's.
+`step`). Rows that it was told of wait until it drafts. Which nodes are expanded is decided in tree/growing.py; the network is modeling_confu.py's.
 """
 
 from __future__ import annotations
@@ -37,6 +36,10 @@ class Drafter:
 
     def remember(self, cache: Cache, input_ids: Tensor) -> None:
         """Told at the end: the cache that is returned, and all ids. Nothing, unless overridden."""
+
+    def read(self, embeds: Tensor, features: Tensor, position_ids: Tensor, is_whole: bool) -> None:
+        """Told before the first [`observe`], if the prompt is embeddings: its rows but for the newest, as [`Rows`] has
+        them, with the target's embeddings `(B, R, d)` in place of tokens. Nothing, unless overridden."""
 
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """Told after prefill and after every round: the state now, and the rows that are new."""
@@ -121,11 +124,20 @@ class NetworkDrafter(Drafter):
         same = known <= input_ids.shape[1] and torch.equal(memory.input_ids, input_ids[:, :known])
         if same and cache.get_seq_length() == known - 1:
             self.cache, self.waiting = memory.cache, list(memory.waiting)
+            delattr(cache, MEMORY)  # this call writes into it, and may not come to its end
 
     def remember(self, cache: Cache, input_ids: Tensor) -> None:
         """Leave what this draft knows with the cache. The next call takes it over, so it is good for one call."""
         if len(input_ids) == 1:
             setattr(cache, MEMORY, DraftMemory(self.draft.instance_key, input_ids, self.cache, self.waiting))
+
+    def read(self, embeds: Tensor, features: Tensor, position_ids: Tensor, is_whole: bool) -> None:
+        """Written at once. A draft with embeddings of its own knows nothing of the target's: it starts without."""
+        if not self.draft.config.own_embeddings and embeds.shape[1]:
+            embeds, features = (
+                states.to(device=self.draft.device, dtype=self.draft.dtype) for states in (embeds, features)
+            )
+            self._write_verified(embeds, self.draft.fuse(features), position_ids, is_whole)
 
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """New rows wait behind older ones."""
@@ -164,7 +176,7 @@ class NetworkDrafter(Drafter):
         self.waiting = [Rows(*newest, is_whole=rows.is_whole)]
         hidden_states = self.draft.fuse(rows.features.to(device=self.draft.device, dtype=self.draft.dtype))
         if rows.tokens.shape[1] > 1:
-            older = (rows.tokens[:, :-1], hidden_states[:, :-1], rows.position_ids[:, :-1])
+            older = (self._embed(rows.tokens[:, :-1]), hidden_states[:, :-1], rows.position_ids[:, :-1])
             self._write_verified(*older, is_whole=rows.is_whole)
         self.hidden_states, self.position_ids = hidden_states[:, -1:], rows.position_ids[:, -1:]
         self.ancestors = torch.ones(len(rows.tokens), 1, 1, dtype=torch.bool, device=rows.tokens.device)
@@ -174,17 +186,17 @@ class NetworkDrafter(Drafter):
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens).to(device=self.draft.device, dtype=self.draft.dtype)
 
-    def _write_verified(self, tokens: Tensor, hidden_states: Tensor, position_ids: Tensor, is_whole: bool) -> None:
+    def _write_verified(self, embeds: Tensor, hidden_states: Tensor, position_ids: Tensor, is_whole: bool) -> None:
         """Commit rows, `(B, R)` of them, those without a position left out."""
-        slots = self.cache.slots_behind(tokens.shape[1], batch_size=len(tokens))
-        counts = [tokens.shape[1]] * len(tokens)
+        slots = self.cache.slots_behind(embeds.shape[1], batch_size=len(embeds))
+        counts = [embeds.shape[1]] * len(embeds)
         if not is_whole:
             real = position_ids >= 0
             counts = real.sum(1).tolist()
             places = slots.index[:, :1].to(real.device) + real.long().cumsum(1) - 1
             slots = Slots(torch.where(real, places, -1), None, slots.visible)
         with self.cache.writing(slots):
-            self.draft.write_rows(self._embed(tokens), hidden_states, position_ids.clamp(min=0), self.cache)
+            self.draft.write_rows(embeds, hidden_states, position_ids.clamp(min=0), self.cache)
         self.cache.commit(counts)
 
     def _write_future(self, rows: Rows) -> Tensor:

@@ -109,6 +109,10 @@ class CombinedDrafter(Drafter):
         """See [`recall`]."""
         self.drafter.remember(cache, input_ids)
 
+    def read(self, embeds: Tensor, features: Tensor, position_ids: Tensor, is_whole: bool) -> None:
+        """Of no use to the lookup, which reads ids."""
+        self.drafter.read(embeds, features, position_ids, is_whole)
+
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """Both read what is new."""
         self.drafter.observe(state, rows)

@@ -6,6 +6,7 @@ before, is assistant/routing.py's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -19,15 +20,17 @@ from ..acceleration.decoding import accelerated
 from ..acceleration.products import Products
 from ..compat import decoder_only_output, pad_token
 from ..target.cache import TreeCache
-from ..target.exchange import export_cache, import_cache
-from ..target.passes import Verified, prefill, verify
+from ..target.exchange import export_cache, import_cache, length_of
+from ..target.passes import Asked, Verified, prefill, verify
 from ..tree.draft_tree import DraftTree, root_only
 from ..tree.layout import VerifyLayout, verify_layout
 from .acceptance import Acceptance, accept
 from .batch import Batch, chains
 from .contemplation import Contemplator
 from .drafting import Drafter
+from .outputs import Outputs
 from .policy import Chosen, Policy
+from .prompt import Prompt
 from .rules import rules_for
 from .state import DecodingState, Rows, append
 from .stats import GenerationStats, RoundRecord, Stopwatch, Tally
@@ -45,6 +48,7 @@ class Decoder:
         drafter: proposes tokens. policy: decides what a round may spend.
         contemplator: None = EAGLE-3 mode.
         processors, stopping_criteria, generation_config: as `generate()` prepared them.
+        windows: see `Outputs`.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Decoder:
         processors: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        windows: Sequence[int | None] = (),
     ):
         self.target, self.layer_ids = target, layer_ids
         self.drafter, self.policy, self.contemplator = drafter, policy, contemplator
@@ -65,35 +70,35 @@ class Decoder:
         self.returns_cache = bool(generation_config.return_dict_in_generate)
         self.do_sample = bool(generation_config.do_sample)
         self.max_length = getattr(stopping_criteria, "max_length", None)
-        self.record = bool(
-            generation_config.return_dict_in_generate
-            and (generation_config.output_scores or generation_config.output_logits)
-        )
-        self.criteria_see_scores = bool(generation_config.output_scores)
+        self.outputs = Outputs(generation_config, windows)
         self.batch: Batch | None = None
-        self.scores: list[tuple[Tensor, ...]] = []  # of each row, one (1, V) for every token
-        self.raw_logits: list[tuple[Tensor, ...]] = []
+        self.without_ids = 0  # tokens of the prompt that have no id
         self.tally, self.stopwatch = Tally(), Stopwatch(target.device)
         self.cache: TreeCache | None = None
 
-    def start(
-        self, input_ids: Tensor, attention_mask: Tensor | None, user_cache: Cache | None
-    ) -> tuple[DecodingState, Acceptance]:
+    def start(self, prompt: Prompt) -> tuple[DecodingState, Acceptance]:
         """Prefill, and the first token: a round whose tree is only its root, the prompt's last token."""
+        input_ids, mask = prompt.input_ids, prompt.mask()
         batch_size, length = input_ids.shape
         self.batch = Batch(rules_for(self.processors, self.stopping_criteria, batch_size), length, self.pad_token_id)
-        self.scores, self.raw_logits = [()] * batch_size, [()] * batch_size
-        self.returns_cache |= user_cache is not None
-        self.cache = self._open_cache(length, user_cache)
+        self.without_ids = prompt.without_ids
+        self.returns_cache |= prompt.cache is not None
+        self.cache = self._open_cache(prompt)
         past = self.cache.get_seq_length()
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # Without padding the model's fastest causal path needs no mask.
-        needed = None if bool(mask.all()) else mask
-        prefilled = prefill(self.target, input_ids[:, past:], self.cache, self.layer_ids, attention_mask=needed)
+        arguments = prompt.behind(past)
+        prefilled = prefill(
+            self.target,
+            cache=self.cache,
+            layer_ids=self.layer_ids,
+            chunk_size=prompt.chunk_size,
+            asked=self.outputs.asked,
+            **arguments,
+        )
         self.cache.set_mask(mask)
+        self.outputs.open(batch_size, prefilled.states)
         places = self.cache.next_positions()  # (B, 1), the root's
         lengths = (length,) * batch_size
-        acceptance = self._accept(root_only(input_ids[:, -1]), prefilled.logits[:, None], input_ids, lengths, None)
+        acceptance = self._accept(root_only(prompt.roots()), prefilled.logits[:, None], input_ids, lengths, None)
         state = DecodingState(
             input_ids=append(input_ids, lengths, acceptance.tokens, acceptance.counts),
             lengths=tuple(length + count for count in acceptance.counts),
@@ -105,9 +110,20 @@ class Decoder:
         )
         position_ids = self.cache.slot_position_ids[:, past:].clone()
         position_ids[:, -1:] = places - 1  # the draft starts there, even from a masked token
-        tokens = torch.cat([input_ids[:, past + 1 :], acceptance.tokens], dim=1)
-        self.drafter.observe(state, Rows(tokens, prefilled.features, position_ids, is_whole=needed is None))
+        rows = Rows(acceptance.tokens, prefilled.features, position_ids, is_whole=arguments["attention_mask"] is None)
+        self._observe_prompt(state, rows, prompt, past)
         return self._end_rows(state), acceptance
+
+    def _observe_prompt(self, state: DecodingState, rows: Rows, prompt: Prompt, past: int) -> None:
+        """Tell the drafter of the prompt. `rows` lack the tokens that the prompt itself goes on with."""
+        if prompt.inputs_embeds is None:
+            tokens = torch.cat([prompt.input_ids[:, past - prompt.left_out + 1 :], rows.tokens], dim=1)
+            self.drafter.observe(state, replace(rows, tokens=tokens))
+            return
+        older = (rows.features[:, :-1], rows.position_ids[:, :-1])
+        self.drafter.read(prompt.inputs_embeds[:, past + 1 :], *older, is_whole=rows.is_whole)
+        newest = (rows.tokens, rows.features[:, -1:], rows.position_ids[:, -1:])
+        self.drafter.observe(state, Rows(*newest, is_whole=True))
 
     def round(self, state: DecodingState) -> tuple[DecodingState, Acceptance]:
         """Draft, verify, accept, keep."""
@@ -163,10 +179,10 @@ class Decoder:
     def _verify(self, layout: VerifyLayout, state: DecodingState) -> Verified:
         count = layout.contemplate_nodes.shape[1]
         if not count:
-            return verify(self.target, layout, None, self.cache, self.layer_ids)
+            return verify(self.target, layout, None, self.cache, self.layer_ids, self.outputs.asked)
         embedding = self.contemplator.embedding(state.features)
         with self.contemplator.acting(count):
-            return verify(self.target, layout, embedding, self.cache, self.layer_ids)
+            return verify(self.target, layout, embedding, self.cache, self.layer_ids, self.outputs.asked)
 
     def _keep(
         self, state: DecodingState, tree: DraftTree, layout: VerifyLayout, verified: Verified, acceptance: Acceptance
@@ -176,6 +192,7 @@ class Decoder:
         features = verified.features.gather(
             1, path.clamp(min=0)[..., None].expand(-1, -1, verified.features.shape[-1])
         )
+        self._note_states(layout, verified, acceptance.nodes)
         steps = torch.arange(path.shape[1], device=path.device)
         position_ids = torch.where(path >= 0, layout.places[:, :1] + steps, -1)
         self.cache.keep_path(path, acceptance.counts, acceptance.nodes)
@@ -188,6 +205,12 @@ class Decoder:
         tokens = acceptance.tokens.clamp(min=0)
         self.drafter.observe(state, Rows(tokens, features, position_ids, future, known, is_whole=whole))
         return state
+
+    def _note_states(self, layout: VerifyLayout, verified: Verified, nodes: Sequence[Sequence[int]]) -> None:
+        """Keep what is asked for of the nodes that tokens were chosen at; before their rows are committed."""
+        if self.outputs.asked != Asked():
+            states, prompts = verified.states, layout.soft_prompt_length
+            self.outputs.add_states(self.batch.rows, states, nodes, self.cache.lengths, prompts)
 
     def _end_rows(self, state: DecodingState) -> DecodingState:
         """Rows that have ended leave; where the cache is returned they stay, since it holds all rows."""
@@ -202,30 +225,33 @@ class Decoder:
 
     def read_padding(self, state: DecodingState) -> None:
         """Have rows that ended early read their padding, as in plain decoding: the cache holds rows of one length, and
-        scores go on to the last step."""
+        outputs go on to the last step."""
         sequences = self.batch.sequences(state)
-        self.cache.cut([length - 1 for length in state.lengths])
-        read = self.cache.lengths
+        self.cache.cut([length - 1 + self.without_ids for length in state.lengths])
+        read = [length - self.without_ids for length in self.cache.lengths]
         if min(read) == sequences.shape[1] - 1:
             return
         tree, path, counts = chains(sequences, read)
-        verified = self._verify(self._layout(tree, 0, state), state)
+        layout = self._layout(tree, 0, state)
+        verified = self._verify(layout, state)
+        for row, length in enumerate(state.lengths):
+            self.outputs.cut(row, length - self.batch.prompt_length)
+        self._note_states(layout, verified, [range(count) for count in counts])
         self.cache.keep_path(path, counts)
-        for row, count in enumerate(counts if self.record else ()):
-            emitted = state.lengths[row] - self.batch.prompt_length
-            self.scores[row], self.raw_logits[row] = self.scores[row][:emitted], self.raw_logits[row][:emitted]
+        for row, count in enumerate(counts if self.outputs.keeps_scores else ()):
             for step in range(count):
                 ids = sequences[row : row + 1, : state.lengths[row] + step]
                 logits = verified.logits[row : row + 1, step].to(copy=True, dtype=torch.float32, device=ids.device)
-                self.scores[row] += (self.batch.processors[row](ids, logits),)
-                self.raw_logits[row] += (logits,)
+                self.outputs.add_scores(row, [self.batch.processors[row](ids, logits)], [logits])
 
-    def _open_cache(self, length: int, user_cache: Cache | None) -> TreeCache:
+    def _open_cache(self, prompt: Prompt) -> TreeCache:
         layers = self.target.config.get_text_config(decoder=True).num_hidden_layers
         soft_prompts = None if self.contemplator is None else self.contemplator.soft_prompts()
-        limit = length + RESERVED_TOKENS if self.max_length is None else min(self.max_length, length + RESERVED_TOKENS)
-        if user_cache is not None and user_cache.get_seq_length() > 0:
-            return import_cache(user_cache, layers, soft_prompts, capacity=limit)
+        limit = prompt.length + RESERVED_TOKENS
+        if self.max_length is not None:
+            limit = min(self.max_length + self.without_ids, limit)
+        if length_of(prompt.cache) > 0:
+            return import_cache(prompt.cache, layers, soft_prompts, capacity=limit)
         return TreeCache(layers, soft_prompts, capacity=limit)
 
     def close_cache(self, user_cache: Cache | None) -> Cache:
@@ -245,40 +271,37 @@ class Decoder:
             processors=self.batch.processors,
             do_sample=self.do_sample,
             stopping_criteria=self.batch.rules.row_criteria,
-            record=self.record,
-            past_scores=self.scores[0] if self.criteria_see_scores and len(self.scores) == 1 else None,
+            record=self.outputs.keeps_scores,
+            past_scores=self.outputs.past_scores(),
             columns=columns,
         )
         for index, row in enumerate(self.batch.rows):
-            self.scores[row] += acceptance.scores[index]
-            self.raw_logits[row] += acceptance.raw_logits[index]
+            self.outputs.add_scores(row, acceptance.scores[index], acceptance.raw_logits[index])
         return acceptance
 
 
 @torch.no_grad()
 def confu_generate(
     decoder: Decoder,
-    input_ids: Tensor,
+    prompt: Prompt,
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
     *,
-    attention_mask: Tensor | None = None,
-    cache: Cache | None = None,
     pack_weights: bool | None = None,
     products: Products | None = None,
 ) -> tuple[GenerateDecoderOnlyOutput | Tensor, GenerationStats]:
     """Generate with draft trees; the text is that of plain decoding with the same arguments.
 
     Args:
-        input_ids: `(B, n)` long. attention_mask: `(B, n)`, 0 = padding. cache: one that holds a prefix of `input_ids`;
-            it is extended in place.
         pack_weights: see `TreeOptions`. products: what `compile()` built, if it did.
 
     Returns:
         What `generate()` returns, and the statistics of the call.
     """
-    decoder.drafter.recall(cache, input_ids)
-    state, acceptance = decoder.start(input_ids, attention_mask, cache)
+    has_all_ids = prompt.inputs_embeds is None and not prompt.left_out
+    if has_all_ids:
+        decoder.drafter.recall(prompt.cache, prompt.input_ids)
+    state, acceptance = decoder.start(prompt)
     with accelerated(decoder.target, decoder.drafter.network, pack_weights, products) as acceleration:
         execution = f"pack_weights={pack_weights}, compiled={acceleration.compiled}"
         decoder.policy.prepare(Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution))
@@ -294,22 +317,13 @@ def confu_generate(
     if streamer is not None:
         streamer.end()
     sequences = decoder.batch.sequences(state)
-    new_tokens = sum(map(len, decoder.batch.written(state))) - input_ids.numel()
+    new_tokens = sum(map(len, decoder.batch.written(state))) - prompt.input_ids.numel()
     stats = replace(decoder.tally.stats(new_tokens), **asdict(acceleration))
     if decoder.returns_cache:
-        decoder.drafter.remember(decoder.close_cache(cache), sequences)
+        cache = decoder.close_cache(prompt.cache)
+        if has_all_ids:
+            decoder.drafter.remember(cache, sequences)
     if not generation_config.return_dict_in_generate:
         return sequences, stats
-    steps = sequences.shape[1] - input_ids.shape[1]
-    output = decoder_only_output(
-        sequences=sequences,
-        scores=by_step(decoder.scores, steps) if generation_config.output_scores else None,
-        logits=by_step(decoder.raw_logits, steps) if generation_config.output_logits else None,
-        cache=decoder.cache if cache is None else cache,
-    )
-    return output, stats
-
-
-def by_step(rows: list[tuple[Tensor, ...]], steps: int) -> tuple[Tensor, ...]:
-    """Of each row one `(1, V)` for every token -> one `(B, V)` for every step."""
-    return tuple(torch.cat([row[step] for row in rows]) for step in range(steps))
+    fields = decoder.outputs.by_step(sequences.shape[1] - prompt.input_ids.shape[1])
+    return decoder_only_output(sequences=sequences, cache=cache, **fields), stats

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,66 +28,110 @@ from .soft_prompts import check_no_checkpointing
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a pass shall leave beside logits and features: hidden states of all layers, attention weights."""
+
+    hidden_states: bool = False
+    attentions: bool = False
+
+
+@dataclass(frozen=True)
+class States:
+    """What was asked for, of every row of a pass. `hidden_states`: of the embeddings and every layer, `(B, Q, d)` each.
+    `attentions`: of every layer `(B, heads, Q, K)`, columns in the order of the mask."""
+
+    hidden_states: tuple[Tensor, ...] = ()
+    attentions: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Prefilled:
     """`logits` `(B, V)` of the last position; `features` `(B, N, 3 d)` of every position of this pass;
-    `next_position_ids` `(B, 1)` long, the position id of the token behind it."""
+    `next_position_ids` `(B, 1)` long, the position id of the token behind it; `states` of the last chunk."""
 
     logits: Tensor
     features: Tensor
     next_position_ids: Tensor
+    states: States = States()
 
 
 @dataclass(frozen=True)
 class Verified:
     """`logits` `(B, T+1, V)` and `features` `(B, T+1, 3 d)` of the tree's nodes, index 0 the root; `futures` of the
-    contemplate tokens, `(B, M, 3 d)` in the order of `layout.contemplate_nodes`, None if there were none."""
+    contemplate tokens, `(B, M, 3 d)` in the order of `layout.contemplate_nodes`, None if there were none; `states` of
+    all rows."""
 
     logits: Tensor
     features: Tensor
     futures: Tensor | None
+    states: States = States()
 
 
-def _features(output: ModelOutput, layer_ids: Sequence[int]) -> Tensor:
+def _request(layer_ids: Sequence[int], asked: Asked) -> dict[str, Any]:
+    """The arguments of a forward pass that make it leave features, and what is asked for."""
+    states = True if asked.hidden_states else compat.layer_states_request(layer_ids)
+    return {"output_hidden_states": states} | ({"output_attentions": True} if asked.attentions else {})
+
+
+def _features(output: ModelOutput, layer_ids: Sequence[int], asked: Asked = Asked()) -> Tensor:
     """`(B, Q, d)` each -> `(B, Q, 3 d)`, in the order of `layer_ids` and on the device of the last of them."""
-    states = compat.layer_states(output, layer_ids)
+    states = compat.layer_states(output, layer_ids, all_layers=asked.hidden_states)
     return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
+
+
+def _states(output: ModelOutput, asked: Asked) -> States:
+    return States(
+        hidden_states=tuple(output.hidden_states) if asked.hidden_states else (),
+        attentions=tuple(output.attentions) if asked.attentions else (),
+    )
 
 
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     cache: Cache,
     layer_ids: Sequence[int],
     *,
+    inputs_embeds: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    chunk_size: int | None = None,
+    asked: Asked = Asked(),
 ) -> Prefilled:
     """The model's own causal forward pass over `input_ids` `(B, N)`, behind what `cache` already holds.
 
     Args:
+        inputs_embeds: `(B, N, d)`, in place of the ids.
         attention_mask: `(B, C + N)`, 0 for padding; positions are then counted without it, as `generate()` does.
-        position_ids: `(B, N)`, overrides that.
+        position_ids: `(B, N)` or `(1, N)`, overrides that.
+        chunk_size: tokens of one pass; None = all of them.
     """
+    prompt = input_ids if inputs_embeds is None else inputs_embeds
+    name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+    (batch_size, length), past = prompt.shape[:2], int(cache.get_seq_length())
     if position_ids is None:
-        if attention_mask is None:
-            shape = (len(input_ids), cache.get_seq_length() + input_ids.shape[1])
-            counted = torch.ones(shape, dtype=torch.long, device=input_ids.device)
-        else:
+        counted = prompt.new_ones(batch_size, past + length, dtype=torch.long)
+        if attention_mask is not None:
             counted = attention_mask.long()
         # As plain decoding counts: a masked token stands at 0, and what follows counts on from the last one.
-        position_ids = (counted.cumsum(-1) - 1).masked_fill(counted == 0, 0)[:, -input_ids.shape[1] :]
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        **compat.cache_keyword(model, cache),
-        use_cache=True,
-        logits_to_keep=1,
-        output_hidden_states=compat.layer_states_request(layer_ids),
-        return_dict=True,
-    )
-    return Prefilled(output.logits[:, -1], _features(output, layer_ids), position_ids[:, -1:] + 1)
+        position_ids = (counted.cumsum(-1) - 1).masked_fill(counted == 0, 0)[:, -length:]
+    features, size = [], length if chunk_size is None else chunk_size
+    for start in range(0, length, size):
+        stop = min(length, start + size)
+        output = model(
+            **{name: prompt[:, start:stop]},
+            attention_mask=None if attention_mask is None else attention_mask[:, : past + stop],
+            position_ids=position_ids[:, start:stop],
+            **compat.cache_keyword(model, cache),
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+            **_request(layer_ids, asked),
+        )
+        features.append(_features(output, layer_ids, asked))
+    features = features[0] if len(features) == 1 else torch.cat(features, dim=1)
+    return Prefilled(output.logits[:, -1], features, position_ids[:, -1:] + 1, _states(output, asked))
 
 
 @torch.no_grad()
@@ -96,6 +141,7 @@ def verify(
     contemplate_embedding: Tensor | None,
     cache: TreeCache,
     layer_ids: Sequence[int],
+    asked: Asked = Asked(),
 ) -> Verified:
     """Check a whole tree in one forward pass; its rows lie behind the committed ones until `cache.keep_path()`.
 
@@ -124,14 +170,15 @@ def verify(
             **compat.cache_keyword(model, cache),
             use_cache=True,
             logits_to_keep=torch.arange(num_nodes, device=embeds.device),
-            output_hidden_states=compat.layer_states_request(layer_ids),
             return_dict=True,
+            **_request(layer_ids, asked),
         )
-    features = _features(output, layer_ids)
+    features = _features(output, layer_ids, asked)
     return Verified(
         logits=output.logits[:, :num_nodes],  # a model that ignores logits_to_keep returns all Q rows
         features=features[:, :num_nodes],
         futures=features[:, num_nodes:] if num_contemplate else None,
+        states=_states(output, asked),
     )
 
 
