@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from confu_hf.tree.draft_tree import DraftTree, root_only
 from confu_hf.tree.grafting import Chain, graft
+from confu_hf.tree.pruning import prune
 
 # Powers of two are exact as float32 log-probabilities would not be: joint "log-probabilities" are plain negative halves.
 STEPS = st.sampled_from([0.0, -0.5, -1.0, -2.5])
@@ -88,12 +89,16 @@ def test_a_shared_prefix_is_one_node():
     assert grafted.tokens.tolist() == [[7, 1, 2, 3]] and grafted.parents.tolist() == [[-1, 0, 1, 1]]
     assert grafted.depths.tolist() == [[0, 1, 2, 2]] and grafted.log_probs.tolist() == [[0.0, -0.5, -2.0, -3.0]]
     assert grafted.log_probs.dtype == tree.log_probs.dtype
+    assert grafted.looked_up.tolist() == [[False, False, False, True]], "what both propose is the drafter's"
+    assert graft(grafted, [[]], total_tokens=2).looked_up.tolist() == [[False, False, False]]
+    assert prune(grafted, torch.tensor([[0, 1, 3]])).looked_up.tolist() == [[False, False, True]]
 
 
 def test_rows_of_a_batch_are_filled_up():
     grafted = graft(root_only(torch.tensor([5, 6])), [[Chain((1, 2), (-0.5, -1.0))], []], total_tokens=4)
     assert grafted.tokens.tolist() == [[5, 1, 2], [6, 6, 6]] and grafted.parents[1].tolist() == [-1, 0, 0]
     assert grafted.log_probs[1].tolist() == [0.0, -math.inf, -math.inf]
+    assert grafted.looked_up.tolist() == [[False, True, True], [False, False, False]]
 
 
 def test_refusals():

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..errors import refusal
 
+TENSORS = ("tokens", "parents", "depths", "log_probs", "looked_up")
+
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -19,18 +21,22 @@ class DraftTree:
         parents: (B, T+1) long, node index of each node's parent; -1 for the root, and `parents[b, i] < i`.
         depths: (B, T+1) long, distance from the root.
         log_probs: (B, T+1) float, joint log-probability of the path from the root under the draft; root 0.0.
+        looked_up: (B, T+1) bool, nodes that prompt lookup alone proposed; None = none of them.
 
     Raises:
-        ValueError: if the four shapes differ.
+        ValueError: if the shapes differ.
     """
 
     tokens: Tensor
     parents: Tensor
     depths: Tensor
     log_probs: Tensor
+    looked_up: Tensor | None = None
 
     def __post_init__(self):
-        shapes = {name: tuple(getattr(self, name).shape) for name in ("tokens", "parents", "depths", "log_probs")}
+        if self.looked_up is None:
+            object.__setattr__(self, "looked_up", torch.zeros_like(self.tokens, dtype=torch.bool))
+        shapes = {name: tuple(getattr(self, name).shape) for name in TENSORS}
         if len(set(shapes.values())) != 1 or self.tokens.dim() != 2 or self.tokens.shape[1] == 0:
             raise refusal(
                 "DraftTree",

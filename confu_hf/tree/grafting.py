@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import refusal
-from .draft_tree import DraftTree
+from .draft_tree import TENSORS, DraftTree
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class _Nodes:
     parents: list[int]
     depths: list[int]
     log_probs: list[float]
+    looked_up: list[bool]
 
 
 def graft(
@@ -57,7 +58,7 @@ def graft(
     """The best `total_tokens` nodes of a tree and of chains that start at its root.
 
     A chain shares the nodes that the tree has already; a node that both propose keeps the greater joint probability.
-    New nodes stand behind the tree's, and parents before their children, so a parent is never left out for its child.
+    New nodes are marked as looked up; they stand behind the tree's, and parents before their children, so a parent is never left out for its child.
 
         root - a - b          and the chain a - c      gives      root - a - b
                                                                           \\ - c
@@ -81,7 +82,7 @@ def graft(
     if not any(chains) and tree.tokens.shape[1] <= total_tokens + 1:
         return tree
     floor = math.log(confidence_threshold) if confidence_threshold > 0 else -math.inf
-    rows = zip(*(states.tolist() for states in (tree.tokens, tree.parents, tree.depths, tree.log_probs)), strict=True)
+    rows = zip(*(getattr(tree, name).tolist() for name in TENSORS), strict=True)
     kept = []
     for row, row_chains in zip(rows, chains, strict=True):
         nodes = _Nodes(*row)
@@ -103,6 +104,7 @@ def _add_chains(nodes: _Nodes, chains: Sequence[Chain]) -> None:
                 nodes.parents.append(parent)
                 nodes.depths.append(nodes.depths[parent] + 1)
                 nodes.log_probs.append(log_prob)
+                nodes.looked_up.append(True)
             else:
                 nodes.log_probs[node] = max(nodes.log_probs[node], log_prob)
 
@@ -118,6 +120,7 @@ def _best(nodes: _Nodes, total_tokens: int, floor: float) -> _Nodes:
         parents=[-1, *(new_index[nodes.parents[node]] for node in kept[1:])],
         depths=[nodes.depths[node] for node in kept],
         log_probs=[nodes.log_probs[node] for node in kept],
+        looked_up=[nodes.looked_up[node] for node in kept],
     )
 
 
@@ -130,7 +133,7 @@ def _as_tree(rows: list[_Nodes], like: DraftTree) -> DraftTree:
         row.parents += [0] * missing
         row.depths += [1] * missing
         row.log_probs += [-math.inf] * missing
-    names = ("tokens", "parents", "depths", "log_probs")
+        row.looked_up += [False] * missing
     return DraftTree(
-        **{name: torch.tensor([getattr(row, name) for row in rows]).to(getattr(like, name)) for name in names}
+        **{name: torch.tensor([getattr(row, name) for row in rows]).to(getattr(like, name)) for name in TENSORS}
     )

@@ -23,4 +23,5 @@ def prune(tree: DraftTree, kept: Tensor) -> DraftTree:
         parents=parents,
         depths=tree.depths.gather(1, kept),
         log_probs=tree.log_probs.gather(1, kept),
+        looked_up=tree.looked_up.gather(1, kept),
     )
