@@ -57,10 +57,11 @@ class Screen:
         if not self.has_status:
             return
         columns, rows = shutil.get_terminal_size()
+        if self.size is None:  # at the start of a line: a newline makes room, should it be the last one
+            self.out.write("\n\x1b[1A")
         if self.size != (columns, rows):  # the first time, or the window has another size now
             self.size = (columns, rows)
-            # Scroll only above the last line; a newline makes room for the cursor there.
-            self.out.write(f"\n\x1b7\x1b[1;{rows - 1}r\x1b8\x1b[1A")
+            self.out.write(f"\x1b7\x1b[1;{rows - 1}r\x1b8")  # scroll only above the last line
         self.out.write(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[7m {text[: columns - 2]} \x1b[0m\x1b8")
         self.out.flush()
 

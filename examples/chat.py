@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from confu_hf.compat import cache_keyword
 from confu_hf.metrics import mean_accepted_length
+
+with suppress(ImportError):  # Windows has none
+    import readline  # noqa: F401 - lines typed at `input` can be edited and called back
 
 HELP = "/reset forgets the conversation, /quit ends it; Ctrl-C ends an answer."
 
@@ -140,6 +144,7 @@ def chat(conversation: Conversation, assistant: Watched | None, screen: Screen, 
     screen.note(HELP)
     if LEGENDS[screen.show]:
         screen.note(LEGENDS[screen.show])
+    screen.status("ready")
     while True:
         try:
             question = input("\n> ").strip()
