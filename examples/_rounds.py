@@ -25,15 +25,16 @@ ORIGINS = (DRAFTED, LOOKED_UP, TARGET)
 
 
 class WatchedPolicy:
-    """Another policy's decisions, kept in a list."""
+    """Another policy's decisions, kept in a list; `before_round` is called when a round begins."""
 
-    def __init__(self, policy: Policy, chosen: list[Chosen]):
-        self.policy, self.chosen = policy, chosen
+    def __init__(self, policy: Policy, chosen: list[Chosen], before_round: Callable[[DecodingState], None]):
+        self.policy, self.chosen, self.before_round = policy, chosen, before_round
 
     def prepare(self, bench: Bench) -> None:
         self.policy.prepare(bench)
 
     def plan(self, state: DecodingState, history: Sequence[RoundRecord]) -> RoundPlan:
+        self.before_round(state)
         return self.policy.plan(state, history)
 
     def prune(self, state: DecodingState, tree: DraftTree, steps: int) -> Chosen:
@@ -51,7 +52,10 @@ class Watched:
 
     def new_policy(self, options: TreeOptions) -> Policy:
         self.chosen = []
-        return WatchedPolicy(super().new_policy(options), self.chosen)
+        return WatchedPolicy(super().new_policy(options), self.chosen, self.before_round)
+
+    def before_round(self, state: DecodingState) -> None:
+        """A round begins. Nothing, unless overridden."""
 
 
 class WatchedConFu(Watched, ConFuAssistant):
