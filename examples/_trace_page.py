@@ -19,7 +19,7 @@ from _trace_tree import draw_tree
 TEMPLATE = Path(__file__).with_name("_trace_page.html")
 CLASSES = {DRAFTED: "drafted", LOOKED_UP: "looked-up", TARGET: "target"}
 TINTS = 3
-BAR_WIDTH, BARS_HEIGHT = 15, 130
+PAGE_WIDTH, WIDEST_BAR, BARS_HEIGHT, AXIS = 1160, 40, 130, 46
 
 Trace = dict[str, Any]
 
@@ -43,7 +43,7 @@ def _head(document: Trace) -> str:
     }
     boxes = "".join(f'<div class="tile"><b>{value}</b>{name}</div>' for name, value in tiles.items())
     made = document["environment"]
-    where = f"{made['device']}, {made['threads']} threads, {made['dtype']}"
+    where = f"{made['device']}, threads: {made['threads']}, {made['dtype']}"
     versions = ", ".join(f"{name} {made[name]}" for name in ("confu_hf", "transformers", "torch"))
     return (
         f"<h1>One answer, round by round</h1>"
@@ -77,8 +77,9 @@ def _costs(document: Trace) -> str:
         return ""
     totals = [sum(one["milliseconds"].values()) for one in rounds]
     scale = BARS_HEIGHT / max(totals)
-    bars = "".join(_bar(number, one, scale) for number, one in enumerate(rounds, start=1))
-    width = len(rounds) * BAR_WIDTH + 60
+    wide = min(WIDEST_BAR, (PAGE_WIDTH - AXIS) / len(rounds))
+    bars = "".join(_bar(number, one, scale, wide) for number, one in enumerate(rounds, start=1))
+    width, height = AXIS + len(rounds) * wide, BARS_HEIGHT + 36
     axis = f'<text class="small" x="0" y="22">{max(totals):.0f} ms</text><text class="small" x="0" y="{BARS_HEIGHT + 16}">0 ms</text>'
     mean = {name: sum(one["milliseconds"][name] for one in rounds) / len(rounds) for name in COSTS}
     keys = "".join(
@@ -87,17 +88,19 @@ def _costs(document: Trace) -> str:
     )
     return (
         f'<h2>What each round cost</h2><p>{keys}<span class="dim">Means. Below each bar the tokens that it brought.</span></p>'
-        f'<svg id="costs" width="{width}" height="{BARS_HEIGHT + 36}">{axis}{bars}</svg>'
+        f'<svg id="costs" width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}">{axis}{bars}</svg>'
     )
 
 
-def _bar(number: int, one: Trace, scale: float) -> str:
-    x, top, parts = 46 + (number - 1) * BAR_WIDTH, BARS_HEIGHT + 16.0, ""
+def _bar(number: int, one: Trace, scale: float, wide: float) -> str:
+    x, top, parts = AXIS + (number - 1) * wide, BARS_HEIGHT + 16.0, ""
     for name in COSTS[::-1]:
         height = one["milliseconds"][name] * scale
         top -= height
-        parts += f'<rect x="{x}" y="{top:.1f}" width="{BAR_WIDTH - 3}" height="{height:.1f}" fill="var(--{name})"/>'
-    label = f'<text class="small" x="{x + BAR_WIDTH / 2 - 1}" y="{BARS_HEIGHT + 30}" text-anchor="middle">{one["emitted"]}</text>'
+        parts += (
+            f'<rect x="{x:.1f}" y="{top:.1f}" width="{0.8 * wide:.1f}" height="{height:.1f}" fill="var(--{name})"/>'
+        )
+    label = f'<text class="small" x="{x + 0.4 * wide:.1f}" y="{BARS_HEIGHT + 30}" text-anchor="middle">{one["emitted"]}</text>'
     spent = ", ".join(f"{name} {one['milliseconds'][name]:.1f} ms" for name in COSTS)
     return f'<g class="bar" data-round="{number}"><title>round {number}: {spent}</title>{parts}{label}</g>'
 
@@ -112,7 +115,8 @@ def _contemplation(document: Trace) -> str:
     summary = (
         f"In {len(known)} of {len(document['rounds'])} rounds the draft read a future <i>f</i>. Drafted over again, the "
         f"network alone brings {sum(given) / len(given):.2f} tokens a round with it and "
-        f"{sum(masked) / len(masked):.2f} with <i>f</i> masked: more in {better} rounds, fewer in {worse}."
+        f"{sum(masked) / len(masked):.2f} with <i>f</i> masked: more in {better} rounds, fewer in {worse}. (The same "
+        "draft, which was trained with <i>f</i>; a draft trained without one is another matter.)"
     )
     rows = "".join(_opinion_row(number, one) for number, one in known if _differs(one["opinions"]))
     head = "<tr><th>round</th><th>with f</th><th>f masked</th><th>first guess with f</th><th>f masked</th><th>chance of what came</th></tr>"

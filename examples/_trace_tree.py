@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-COLUMN, LINE, WIDTH, HEIGHT = 106, 30, 84, 24
-LONGEST = 9  # characters of a token that fit
+COLUMN, LINE, WIDTH, HEIGHT = 120, 30, 98, 24
+LONGEST = 8  # characters of a token that fit
 
 Node = dict[str, Any]
 
@@ -48,7 +48,8 @@ def draw_tree(one: dict[str, Any]) -> str:
     edges = "".join(_edge(nodes, spots, number) for number in range(1, len(nodes)))
     boxes = "".join(_box(node, *spot) for node, spot in zip(nodes, spots, strict=True))
     bonus, extra = _bonus(one["bonus"], nodes, spots, last)
-    size = f'width="{COLUMN * (depth + 1)}" height="{max(bottom, extra) + 8:.0f}"'
+    width, height = COLUMN * (depth + 1), max(bottom, extra) + 8
+    size = f'width="{width}" height="{height:.0f}" viewBox="0 0 {width} {height:.0f}"'
     return f'<svg class="tree" {size}>{edges}{boxes}{bonus}</svg>'
 
 

@@ -47,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compute with products built for this CPU")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--no-contemplate", action="store_true", help="EAGLE-3 mode")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     parser.add_argument(
         "--screenshot", type=Path, metavar="PNG", help="a picture of the page, by an installed Chromium"
@@ -61,6 +62,7 @@ def load_assistant(model: PreTrainedModel, args: argparse.Namespace) -> Watched:
     path = args.confu or (str(DEFAULT_CONFU) if args.target is None else None)
     assistant = WatchedLookup(target=model) if path is None else TracedConFu.from_pretrained(path, target=model)
     tree_options(assistant.generation_config, args)
+    assistant.generation_config.contemplate &= not args.no_contemplate
     return assistant.compile(args.compile)
 
 
