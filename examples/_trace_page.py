@@ -113,7 +113,7 @@ def _contemplation(document: Trace) -> str:
     given, masked = ([one["opinions"][way]["accepted"] for _, one in known] for way in ("given", "masked"))
     better, worse = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((given, masked), (masked, given)))
     summary = (
-        f"In {len(known)} of {len(document['rounds'])} rounds the draft read a future <i>f</i>. Drafted over again, the "
+        f"For {len(known)} of {len(document['rounds'])} rounds there was a future <i>f</i>. Drafted over again, the "
         f"network alone brings {sum(given) / len(given):.2f} tokens a round with it and "
         f"{sum(masked) / len(masked):.2f} with <i>f</i> masked: more in {better} rounds, fewer in {worse}. (The same "
         "draft, which was trained with <i>f</i>; a draft trained without one is another matter.)"

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "errors": set(),
     "compat": {"errors"},
     "metrics": {"errors"},
+    "evaluate_metrics": BASE,
     "configuration_confu": BASE,
     "experts": BASE,
     "tree": BASE,
