@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--screenshot", type=Path, metavar="PNG", help="a picture of the page, by an installed Chromium"
     )
-    parser.add_argument("--size", type=int, nargs=2, default=(1200, 1500), help="of that picture, in pixels")
+    parser.add_argument("--size", type=int, nargs=2, default=(1200, 1800), help="of that picture, in pixels")
     add_tree_arguments(parser)
     return parser.parse_args(arguments)
 
