@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,15 @@ def test_batches_are_gathered_as_evaluate_does(tmp_path):
         metric.add_batch(counts=counts)
     assert metric.compute() == {"mean_accepted_length": mean_accepted_length(COUNTS)}
     assert "bonus token included" in metric.description and "counts" in metric.features
+
+
+def test_the_lines_of_the_index_of_the_examples():
+    pytest.importorskip("evaluate")
+    page = (Path(__file__).parent.parent / "examples" / "README.md").read_text(encoding="utf-8")
+    lines, names = re.search(r"^```python\n(.*?)^```", page, re.S | re.M)[1], {}
+    exec(lines, names)
+    told = re.search(r"emitted: (\{.*\})", lines)[1]
+    assert str(names["metric"].compute(counts=[3, 1, 2])) == told
 
 
 def test_refusals(monkeypatch):
