@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from _memory import forget_peak, peak_bytes
 from transformers import BatchEncoding, DynamicCache, PreTrainedModel
 
 from confu_hf.compat import attention_implementation, cache_keyword
+from confu_hf.metrics import speedup_ratio, tokens_per_round
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,14 @@ def summarize(records: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict
         counted = [run["stats"] for run in runs if run["stats"] and run["stats"]["rounds"]]
         rounds = sum(stats["rounds"] for stats in counted)
         if rounds:
-            accepted = sum(stats["mean_accepted_length"] * stats["rounds"] for stats in counted)
-            row["mean_accepted_length"] = accepted / rounds
+            emitted = sum(stats["mean_accepted_length"] * stats["rounds"] for stats in counted)
+            row["mean_accepted_length"] = tokens_per_round(emitted, rounds)
         if "plain" in methods and method != "plain":
             row["identical"] = sum(run["identical"] for run in runs)
-            row["median_ratio"] = statistics.median(run["ratio"] for run in runs)
-            row["overall_ratio"] = rate / summary["plain"]["tokens_per_second"]
+            plain = [record["methods"]["plain"] for record in records]
+            columns = [[run[name] for run in part] for part in (runs, plain) for name in ("new_tokens", "seconds")]
+            speed_up = speedup_ratio(*columns)
+            row |= {"median_ratio": speed_up.median, "overall_ratio": speed_up.overall}
         summary[method] = row
     return summary
 

@@ -15,6 +15,7 @@ from transformers import BatchEncoding, CompileConfig, PreTrainedModel, PreTrain
 
 from confu_hf import ConFuAssistant, LookupAssistant
 from confu_hf.compat import cache_keyword
+from confu_hf.options import ConFuGenerationConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_CARDS = REPOSITORY / "hub_cards"
@@ -56,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser, methods: Sequence[str], defau
     parser.add_argument(
         "--compile", action="store_true", help="our assistants compute with products built for this CPU"
     )
+    add_tree_arguments(parser)
+
+
+def add_tree_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a tree may have; [`tree_options`] reads it."""
     tree = parser.add_argument_group("draft tree (default: what the assistant's generation config says)")
     tree.add_argument("--total-tokens", type=int, help="drafted nodes of a tree")
     tree.add_argument("--depth", type=int, help="longest drafted path")
@@ -138,13 +144,17 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
             "README.md, section `Train a pair for your model`."
         )
     assistant = ConFuAssistant.from_pretrained(path, target=model)
-    options = assistant.generation_config
+    tree_options(assistant.generation_config, args)
+    return assistant.compile(args.compile)
+
+
+def tree_options(options: ConFuGenerationConfig, args: argparse.Namespace) -> None:
+    """Set what the command line asks for."""
     for name in ("total_tokens", "depth", "top_k", "confidence_threshold", "lookup", "policy"):
         if getattr(args, name) is not None:
             setattr(options, name, getattr(args, name))
     if args.contemplate_tokens is not None:
         options.contemplate_tokens = None if args.contemplate_tokens == "all" else args.contemplate_tokens
-    return assistant.compile(args.compile)
 
 
 class CompiledPlain:

@@ -11,7 +11,7 @@ from typing import Any
 from _measure import summarize_tasks
 
 from confu_hf.decoding.stats import PHASES
-from confu_hf.metrics import acceptance_by_depth
+from confu_hf.metrics import acceptance_by_depth, acceptance_rate
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 Records = Sequence[dict[str, Any]]
@@ -24,6 +24,7 @@ def condensed(result: dict[str, Any]) -> dict[str, Any]:
     stats = dict(result["stats"])
     records = stats.pop("records")
     stats["accepted"] = [count for record in records for count in record["accepted"]]
+    stats["drafted"] = [record["nodes"] - 1 for record in records]
     stats["rows"] = [record["nodes"] + record["contemplate_tokens"] for record in records]
     stats["verify_ms"] = [round(1000 * record["seconds"]["verify"], 3) for record in records]
     stats["phase_seconds"] = {name: sum(record["seconds"][name] for record in records) for name in PHASES}
@@ -54,6 +55,10 @@ def report(records: Records, methods: Sequence[str]) -> dict[str, Any]:
 
 def _extend(row: dict[str, Any], method: str, rows: dict[str, dict[str, Any]], records: Records) -> None:
     runs = [record["methods"][method] for record in records]
+    counted = _all_stats(records, method)
+    if all("drafted" in stats for stats in counted):  # journals of earlier versions lack it
+        counts, drafted = ([count for stats in counted for count in stats[name]] for name in ("accepted", "drafted"))
+        row["acceptance_rate"] = acceptance_rate(counts, drafted) if any(drafted) else None
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
     row["peak_bytes"] = max(peaks, default=None)
     others = [other["tokens_per_second"] for name, other in rows.items() if name != method]

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "compat": {"errors"},
     "metrics": {"errors"},
     "host": set(),
+    "evaluate_metrics": BASE,
     "configuration_confu": BASE,
     "experts": BASE,
     "tree": BASE,

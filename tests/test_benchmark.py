@@ -34,7 +34,11 @@ def result(seconds, ratio=None, accepted=None, verify=0.5):
         return {**found, "stats": None}
     phases = {"policy": 0.0, "draft": 0.25, "verify": verify, "accept": 0.0, "cache": 0.0}
     stats = {"rounds": len(accepted), "mean_accepted_length": sum(accepted) / len(accepted), "accepted": accepted}
-    times = {"rows": [3] * len(accepted), "verify_ms": [1000 * verify / len(accepted)] * len(accepted)}
+    times = {
+        "drafted": [4] * len(accepted),
+        "rows": [3] * len(accepted),
+        "verify_ms": [1000 * verify / len(accepted)] * len(accepted),
+    }
     return {**found, "stats": {**stats, **times, "phase_seconds": phases}}
 
 
@@ -52,6 +56,9 @@ def test_figures_of_known_questions(examples):
     assert row["median_ratio"] == 2.0 and row["interval"] == (1.0, 4.0) and row["mean_accepted_length"] == 3.5
     assert row["efficiency"] == pytest.approx(2 / 3.5) and row["ratio_to_best_other"] == pytest.approx(8 / 4)
     assert figures["tasks"]["qa"]["confu"]["median_ratio"] == 3.0
+    # 21 tokens in 6 rounds: 15 drafted ones of 24 were accepted. 30 tokens in 4 s, plainly in 8 s.
+    assert row["acceptance_rate"] == 15 / 24 and row["overall_ratio"] == 2.0
+    assert figures["tasks"]["all"]["plain"]["acceptance_rate"] is None
     # 4 seconds in 6 rounds; 0.75 of prefill, 0.75 of drafting, 1.5 of verifying; 1 is left.
     budget = figures["round_ms"]["confu"]
     assert budget["draft"] == pytest.approx(125) and budget["verify"] == pytest.approx(250)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from confu_hf.tree.draft_tree import DraftTree, root_only
 from confu_hf.tree.grafting import Chain, graft
+from confu_hf.tree.pruning import prune
 
 # Powers of two are exact as float32 log-probabilities would not be: joint "log-probabilities" are plain negative halves.
 STEPS = st.sampled_from([0.0, -0.5, -1.0, -2.5])
@@ -102,12 +103,15 @@ def test_a_shared_prefix_is_one_node():
     assert grafted.log_probs.tolist() == [[0.0, -0.5, -1.5, -3.0]], "what follows a likelier token is likelier"
     assert grafted.looked_up.tolist() == [[False, True, False, True]]
     assert grafted.log_probs.dtype == tree.log_probs.dtype
+    assert graft(grafted, [[]], total_tokens=2).looked_up.tolist() == [[False, True, False]]
+    assert prune(grafted, torch.tensor([[0, 1, 3]])).looked_up.tolist() == [[False, True, True]]
 
 
 def test_rows_of_a_batch_are_filled_up():
     grafted = graft(root_only(torch.tensor([5, 6])), [[Chain((1, 2), (-0.5, -1.0))], []], total_tokens=4)
     assert grafted.tokens.tolist() == [[5, 1, 2], [6, 6, 6]] and grafted.parents[1].tolist() == [-1, 0, 0]
     assert grafted.log_probs[1].tolist() == [0.0, -math.inf, -math.inf] and not grafted.looked_up[1].any()
+    assert grafted.looked_up.tolist() == [[False, True, True], [False, False, False]]
 
 
 def test_refusals():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from ..metrics import tokens_per_round
 from ..target.context import KnownTexts
 from .data import IGNORED
 from .module import ConFuForTraining
@@ -89,7 +90,7 @@ def acceptance_metrics(prediction: EvalPrediction) -> dict[str, float]:
     accepted, correct = prediction.predictions[:2]
     totals = accepted.sum(0)
     per_depth = correct.sum(0)
-    metrics = {"accepted_length": float(totals[0] / max(totals[1], 1))}
+    metrics = {"accepted_length": float(tokens_per_round(totals[0], totals[1]))}
     for depth, (right, guesses) in enumerate(per_depth, start=1):
         metrics[f"accuracy_depth_{depth}"] = float(right / max(guesses, 1))
     return metrics
@@ -103,4 +104,4 @@ def tree_metrics(totals: np.ndarray, numbers: np.ndarray, names: list[str]) -> d
     """
     parts = {TREES: numbers >= 0} | {f"{TREES}_{name}": numbers == place for place, name in enumerate(names)}
     sums = {name: totals[part].sum(0) for name, part in parts.items()}
-    return {name: float(tokens / rounds) for name, (tokens, rounds) in sums.items() if rounds}
+    return {name: float(tokens_per_round(tokens, rounds)) for name, (tokens, rounds) in sums.items() if rounds}
