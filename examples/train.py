@@ -18,7 +18,9 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     import _allocator
+    import _requirements
 
+    _requirements.check("datasets")
     _allocator.keep_freed_memory()
 
 import os
@@ -115,7 +117,7 @@ def run_recipe(
             "--recipe",
             got=f"{training.world_size} processes",
             expected="one: each has a clock of its own",
-            fix="Run the stages one by one, as the README shows.",
+            fix="Run the stages one by one, as examples/training.md shows.",
         )
     benchmark = OverlapIndex(read_questions(arguments.exclude))
     prompts = template_prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
