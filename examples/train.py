@@ -26,8 +26,11 @@ if __name__ == "__main__":
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+from _measure import environment, write_json
 from _prompts import read_prompts, read_questions, user_texts
 from _smollm2 import load_target
 from _templates import template_prompts
@@ -142,6 +145,24 @@ def run_recipe(
     print(summary(training.output_dir))
 
 
+def training_record(
+    trainer: ConFuTrainer, arguments: ScriptArguments, objective: ConFuTrainingObjective, target: Any
+) -> dict[str, Any]:
+    """What a card says of this stage (make_card.py)."""
+    training = trainer.args
+    return {
+        "stage": arguments.stage,
+        "environment": environment(target),
+        "steps": trainer.state.global_step,
+        "sequences_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "answer_tokens": trainer.answer_tokens_seen,
+        "learning_rate": training.learning_rate,
+        "dtype": "bfloat16" if training.bf16 else "float32",
+        "seed": training.seed,
+        "objective": asdict(objective),
+    }
+
+
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, DraftShape, AdapterShape, ConFuTrainingObjective, TrainingArguments))
     arguments, draft_shape, adapter_shape, objective, training = parser.parse_args_into_dataclasses()
@@ -195,6 +216,8 @@ def main() -> None:
         checkpoint = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_json(Path(training.output_dir) / "training.json", training_record(trainer, arguments, objective, target))
     print(trainer.evaluate())
 
 
