@@ -227,25 +227,22 @@ def test_every_guide_is_linked_from_the_readme():
 
 
 def test_the_file_tree_is_that_of_the_repository():
-    """Every name of the tree in internals.md is there, and every folder of the package has its line."""
-    tree = next(
-        block.code for block in blocks((EXAMPLES / "internals.md").read_text()) if block.code.startswith("confu_hf/")
-    )
+    """Every name of the tree in internals.md is there, and every folder and file at the top of the package has its
+    line."""
+    code = [block.code for block in blocks((EXAMPLES / "internals.md").read_text())]
+    tree = next(text for text in code if text.startswith("confu_hf/"))
     folders: list[str] = []
     told = set()
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
-        names = (
-            re.match(r"\s*((?:\S+ )*\S+)(?:\s{2,}|$)", line)[1].split()
-            if not line.lstrip().startswith("recipe.py:")
-            else []
-        )
-        for entry in names if depth <= len(folders) else []:
-            path = "/".join([*(folder.rstrip("/") for folder in folders[:depth]), entry])
+        for entry in itertools.takewhile(lambda word: re.search(r"(\.py|\.md|/)$", word), line.split()):
+            path = "/".join([*folders[:depth], entry.rstrip("/")])
             assert "*" in entry or (ROOT / path).exists(), f"{path} is not there"
-            told.add(path.rstrip("/"))
+            told.add(path)
             if entry.endswith("/"):
-                folders[depth:] = [entry]
-    package = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "confu_hf").rglob("__init__.py")}
-    assert {folder for folder in package if "conversion" not in folder} <= told
-    assert {f"confu_hf/{path.name}" for path in (ROOT / "confu_hf").glob("[a-z]*.py")} <= told
+                folders[depth:] = [entry.rstrip("/")]
+    package = [
+        *(ROOT / "confu_hf").glob("[a-z]*.py"),
+        *(path.parent for path in (ROOT / "confu_hf").glob("*/__init__.py")),
+    ]
+    assert {path.relative_to(ROOT).as_posix() for path in package} <= told
