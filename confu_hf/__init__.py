@@ -6,15 +6,17 @@
 Importing the package registers the draft with Transformers' auto classes and the adapter with PEFT.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from .versions import importing, warn_outside_tested_range
 
-from .adapter.config import ConFuAdapterConfig
-from .assistant.assistant import ConFuAssistant
-from .assistant.lookup import LookupAssistant
-from .compat import warn_outside_tested_range
-from .configuration_confu import ConFuConfig
-from .decoding.stats import GenerationStats
-from .options import ConFuGenerationConfig, TreeOptions
+with importing("confu_hf"):
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from .adapter.config import ConFuAdapterConfig
+    from .assistant.assistant import ConFuAssistant
+    from .assistant.lookup import LookupAssistant
+    from .configuration_confu import ConFuConfig
+    from .decoding.stats import GenerationStats
+    from .options import ConFuGenerationConfig, TreeOptions
 
 AutoConfig.register(ConFuConfig.model_type, ConFuConfig, exist_ok=True)
 AutoModel.register(ConFuConfig, ConFuAssistant, exist_ok=True)

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.metadata
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
@@ -314,25 +311,3 @@ class OnlyRouted:
     def _supports_logits_to_keep(self) -> bool:
         # The first thing that Transformers' own assisted decoding asks of an assistant.
         return self.generate()
-
-
-def warn_outside_tested_range(package: str) -> None:
-    """Warn if a requirement of an installed `package` is not met: it was never run on what is there."""
-    try:
-        requirements = [Requirement(line) for line in importlib.metadata.requires(package) or ()]
-    except importlib.metadata.PackageNotFoundError:
-        return  # a checkout that is not installed declares nothing
-    for requirement in requirements:
-        if requirement.marker is not None:
-            continue  # of an extra
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            warnings.warn(
-                f"{package}: got {requirement.name} {version}, tested with {requirement.name}{requirement.specifier}. "
-                f'It may not work. Run `pip install "{requirement.name}{requirement.specifier}"`, '
-                f"or install a newer {package}.",
-                stacklevel=2,
-            )

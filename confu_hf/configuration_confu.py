@@ -214,7 +214,15 @@ class ConFuConfig(PreTrainedConfig):
 
     @classmethod
     def from_target_config(cls, target_config: PreTrainedConfig, **overrides: Any) -> ConFuConfig:
-        """A draft shaped like one decoder layer of the target; every field can be overridden by keyword."""
+        """A draft shaped like one decoder layer of the target.
+
+        Args:
+            target_config: of a decoder-only Transformer, or of a model with a text part that is one.
+            **overrides: fields of this config in place of those taken from the target.
+
+        Raises:
+            ValueError: the target has no attention, or a field makes no sense.
+        """
         text, geometry = target_config.get_text_config(decoder=True), TargetGeometry.of(target_config)
         fields = {
             "vocab_size": geometry.vocab_size,

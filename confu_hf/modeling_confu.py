@@ -225,11 +225,11 @@ class ConFuDraftModel(PreTrainedModel):
         return self.embed_tokens if self.config.own_embeddings else target_embeddings
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        """Target features `(..., 3 d)` -> hidden states `h` `(..., d)` of verified rows."""
+        """`features` of the target `(..., 3 d)` -> hidden states `h` `(..., d)` of verified rows."""
         return self.fc(self._normed(features))
 
     def fuse_future(self, futures: torch.Tensor) -> torch.Tensor:
-        """Features of contemplate tokens `(..., 3 d)` -> `W_f f` `(..., d)`; normed as all features are."""
+        """`futures`, features of contemplate tokens `(..., 3 d)`, -> `W_f f` `(..., d)`; normed as all features are."""
         return self.future_fc(self._normed(futures))
 
     def _normed(self, features: torch.Tensor) -> torch.Tensor:
@@ -241,7 +241,7 @@ class ConFuDraftModel(PreTrainedModel):
         return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
 
     def rotary(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, W)` positions -> `cos`, `sin`, each `(B, 1, W, head_dim)`."""
+        """`position_ids` `(B, W)` -> `cos`, `sin` in `dtype`, each `(B, 1, W, head_dim)`."""
         frequencies, scale = self._rope(position_ids.device)
         angles = position_ids[:, None, :, None].to(torch.float64) * frequencies  # (B, 1, W, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)
@@ -326,13 +326,13 @@ class ConFuDraftModel(PreTrainedModel):
         return self.fed_back(self.midlayer.finish(residual, attention.attend(query, key, value, attention_mask)))
 
     def fed_back(self, states: torch.Tensor) -> torch.Tensor:
-        """The layer's output `(..., d)` as the next step reads it."""
+        """The layer's output, `states` `(..., d)`, as the next step reads it."""
         return self.norm(states) if self.config.feedback_after_norm else states
 
     def head_inputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What [`forward`] returned, `(..., d)`, as the LM head reads it: normed, once."""
+        """What [`forward`] returned, `hidden_states` `(..., d)`, as the LM head reads it: normed, once."""
         return hidden_states if self.config.feedback_after_norm else self.norm(hidden_states)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., d)` -> `(..., draft_vocab_size)` over draft ids; map with [`draft_token_ids`]."""
+        """`hidden_states` `(..., d)` -> `(..., draft_vocab_size)` over draft ids; map with [`draft_token_ids`]."""
         return self.lm_head(self.head_inputs(hidden_states))

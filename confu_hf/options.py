@@ -67,7 +67,8 @@ class ConFuGenerationConfig(GenerationConfig):
         super().__init__(**{**asdict(TreeOptions()), **kwargs})
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        width, self.top_k = self.top_k, None  # not a sampling option without `do_sample=True`, as it would look
+        """As in `GenerationConfig`, with its `strict` and `user_set_attributes`; `top_k` is no sampling option here."""
+        width, self.top_k = self.top_k, None  # it would look like one without `do_sample=True`
         try:
             super().validate(strict=strict, user_set_attributes=user_set_attributes)
         finally:

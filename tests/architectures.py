@@ -1,4 +1,4 @@
-"""Which architectures can be targets: the list behind the tests and behind the table in the README.
+"""Which architectures can be targets: the list behind the tests and behind the table in examples/models.md.
 
 python tests/architectures.py  # writes the table anew
 """
@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from tiny_models import SLIDING_WINDOW, tiny_target  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-README = Path(__file__).parent.parent / "README.md"
+MODELS = Path(__file__).parent.parent / "examples" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 _MIXED = ["sliding_attention", "full_attention"] * 4
 _EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
@@ -131,4 +131,4 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    MODELS.write_text(written(MODELS.read_text(encoding="utf-8")), encoding="utf-8")

@@ -14,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from assisted_calls import DRAFT  # noqa: E402
-from tiny_models import VOCAB_SIZE, tiny_llama  # noqa: E402
-from tokenizers import Tokenizer, decoders, models  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from tiny_models import tiny_llama  # noqa: E402
+from tiny_tokenizer import characters_tokenizer  # noqa: E402
 from transformers.integrations.peft import MIN_PEFT_VERSION  # noqa: E402
 from transformers.utils.peft_utils import check_peft_version  # noqa: E402
 
@@ -57,9 +56,4 @@ def folder(confu, tmp_path):
 @pytest.fixture
 def tokenizer():
     """One token per printable character."""
-    words = ["<pad>", "<s>", "</s>", *map(chr, range(33, 127))]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    assert len(vocabulary) == VOCAB_SIZE
-    characters = Tokenizer(models.BPE(vocabulary, merges=[]))
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return characters_tokenizer()

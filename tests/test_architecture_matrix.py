@@ -1,10 +1,10 @@
-"""Every architecture of the table in the README: the text of plain `generate`, or a refusal before anything is computed."""
+"""Every architecture of the table in examples/models.md: the text of plain `generate`, or a refusal before anything is computed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, README, written
+from architectures import ARCHITECTURES, MODELS, written
 from oracles import make_oracle
 
 from confu_hf import ConFuAssistant
@@ -40,7 +40,7 @@ def test_refused_by_name(architecture):
         ConFuAssistant.from_target(model)
 
 
-def test_the_table_in_the_readme_is_this_list():
-    text = README.read_text(encoding="utf-8")
+def test_the_table_in_the_guide_is_this_list():
+    text = MODELS.read_text(encoding="utf-8")
     assert text == written(text), "run `python tests/architectures.py`"
     assert all(f"| {one.name} |" in text for one in ARCHITECTURES)

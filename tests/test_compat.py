@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import re
-import warnings
 
 import pytest
 import torch
@@ -76,16 +74,3 @@ def test_layer_states_are_the_entering_ones(target, ids):
 def test_other_assistants_still_go_the_way_of_transformers(target, confu):
     """The overridden steps pass everything on, under the names that Transformers has for it."""
     assert torch.equal(target.generate(PROMPT, max_new_tokens=24, prompt_lookup_num_tokens=3), plain(target))
-
-
-def test_a_version_outside_the_tested_range_is_told(monkeypatch):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compat.warn_outside_tested_range("confu_hf")
-        compat.warn_outside_tested_range("not_installed_at_all")
-    here = importlib.metadata.version("transformers")
-    declared = [f"transformers<{here}", "torch>=1", 'pytest>=999; extra == "test"']
-    monkeypatch.setattr(importlib.metadata, "requires", lambda package: declared)
-    expected = f"confu_hf: got transformers {here}, tested with transformers<{here}. It may not work. Run `pip install"
-    with pytest.warns(UserWarning, match=re.escape(expected)):
-        compat.warn_outside_tested_range("confu_hf")

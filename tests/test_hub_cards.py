@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from confu_hf import ConFuAssistant
@@ -21,8 +22,19 @@ def test_a_card_is_complete(folder):
     expected = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     if folder.name.startswith("confu-"):
         expected |= {"adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-    assert names == expected
+    plots = {name for name in names if name.endswith(".png")}
+    assert names - plots == expected
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(f"({name})" in card for name in plots), "a plot that the card does not show"
     assert sum((folder / name).stat().st_size for name in names) < 25 * 2**20
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda path: path.name)
+def test_the_hub_understands_a_card(folder):
+    data = ModelCard((folder / "README.md").read_text(encoding="utf-8")).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and data.base_model_relation == "adapter"
+    assert folder.with_suffix(".yaml").is_file(), "what its author says of it, for examples/make_card.py"
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda path: path.name)

@@ -120,6 +120,7 @@ class ConFuAdapterConfig(PeftConfig):
 
     @property
     def lora_scale(self) -> float:
+        """What the product of the gated LoRA is multiplied by."""
         return LORA_SCALE if self.lora_alpha is None else self.lora_alpha / self.lora_rank
 
     def fit(self, target: PreTrainedModel) -> None:

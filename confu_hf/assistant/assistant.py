@@ -62,7 +62,15 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         confu.stats.mean_accepted_length
         confu.detach()  # model is as it was
 
-    `generation_config` ([`ConFuGenerationConfig`]) holds the tree options.
+    The method is that of arXiv 2603.08899 (ConFu), with `contemplate=False` that of arXiv 2503.01840 (EAGLE-3).
+    What cannot work is refused with a `ValueError` before a generation starts: what was got, what was expected, what to
+    do; the target is untouched then.
+
+    Attributes:
+        generation_config: the tree options, a [`ConFuGenerationConfig`]; each can be an argument of `generate`.
+        stats: what the last call did, a [`GenerationStats`]; None before the first.
+        target: the model that it is attached to, or None.
+        costs: what `policy="auto"` goes by, in seconds; None = it measures.
     """
 
     def __init__(self, config: ConFuConfig, *args: Any, **kwargs: Any):
@@ -90,9 +98,10 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> ConFuAssistant:
-        """Load a draft and its adapter, or an EAGLE-3 draft of another project, from a folder or a Hub repository.
+        """Load a draft and its adapter, or an EAGLE-3 draft of another project.
 
         Args:
+            pretrained_model_name_or_path: a folder that [`save_pretrained`] wrote, or a repository on the Hub.
             target: attach to this model, in place; the draft takes its dtype and device, unless `dtype` or
                 `device_map` is given. Without it, call [`attach`] later, or load the adapter with PEFT. Drafts of other
                 projects need it.
@@ -100,8 +109,11 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
             **kwargs: of `PreTrainedModel.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`, `dtype`, ...;
                 fields of the config to override; `allow_pickle=True` to read a foreign draft's `pytorch_model.bin`.
 
+        Returns:
+            The assistant, attached if a `target` was given; with `output_loading_info=True` also what was loaded.
+
         Raises:
-            FileNotFoundError: a file is missing.
+            OSError: the name leads nowhere; as a `FileNotFoundError` where a file is missing.
             ValueError: files are corrupted, incomplete or not finite, or the pair was made for another target.
                 The target is untouched in either case.
 
@@ -132,7 +144,11 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         """A fresh, untrained pair for a target, attached: the start of training, and of tests.
 
         Args:
+            model: the target; the draft takes its dtype and device.
             **config: fields of [`ConFuConfig`], and those of [`ConFuAdapterConfig`] that are in `ADAPTER_FIELDS`.
+
+        Raises:
+            ValueError: the model cannot be a target, or a field makes no sense.
         """
         target = base_model(model)
         check_supported(target)
@@ -156,6 +172,17 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         """Put the adapter on a target and route its `generate` here. Again on the same target: changes nothing.
 
         An adapter that PEFT loaded onto the target is used if this assistant brings none of its own.
+
+        Args:
+            model: the target that the pair was made for, or a `PeftModel` of it.
+            tokenizer: the target's; held against the vocabulary that the draft was made for, if it remembers one.
+
+        Returns:
+            The assistant itself.
+
+        Raises:
+            ValueError: the pair was made for another target, the model cannot be one, or the assistant is attached to
+                another; the model is untouched.
         """
         target, attached = base_model(model), self.target
         if attached is target:
@@ -200,7 +227,12 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         return None if self._attachment is None else self._attachment.target
 
     def new_drafter(self, target: PreTrainedModel, options: TreeOptions) -> Drafter:
-        """Who drafts in one call of `generate`. Override it to draft in another way."""
+        """Who drafts in one call of `generate`. Override it to draft in another way.
+
+        Args:
+            target: the model that verifies.
+            options: the tree options of this call.
+        """
         network = NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
         return CombinedDrafter(network) if options.lookup else network
 
@@ -238,6 +270,13 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         """Write the draft, its generation config, and the adapter in `adapter/`: the layout of a Hub repository.
 
         The config remembers the target that the draft is attached to, and the vocabulary of `tokenizer`.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            is_main_process: False writes nothing but what every process must.
+            push_to_hub: upload the folder as well; `repo_id` and the like go into `kwargs`.
+            tokenizer: the target's.
+            **kwargs: of `PreTrainedModel.save_pretrained`.
         """
         push_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
         remember_target(self.config, self.target, tokenizer)
@@ -256,7 +295,9 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         """Upload draft, adapter, generation config and, where there is none, a card, in one commit.
 
         Args:
+            repo_id: `owner/name`; made if it is not there.
             tokenizer: as in [`save_pretrained`].
+            max_shard_size: as in `PreTrainedModel.save_pretrained`, bytes or `"5GB"`.
             **kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, `tags`.
         """
         sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}

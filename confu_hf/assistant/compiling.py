@@ -19,9 +19,15 @@ class CompilesProducts:
     def compile(self, enabled: bool = True) -> Self:
         """From now on, target and draft multiply on the CPU with products built for this processor.
 
+        Args:
+            enabled: False takes it back.
+
         Takes a second or two, once: the result stays in the user's cache folder. Results change by rounding only. It
         serves float32 weights; others compute as before, and `stats.not_compiled_because` says why. Undone by
         `compile(False)` or `detach()`.
+
+        Returns:
+            The assistant itself.
 
         Raises:
             ValueError: if there is no C++ compiler, or the processor is none with AVX2.

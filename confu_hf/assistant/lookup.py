@@ -41,7 +41,10 @@ class LookupAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds):
         **options: tree options, kept on `generation_config` ([`ConFuGenerationConfig`]).
 
     Attributes:
-        stats: statistics of the last `generate` call with this assistant; None before the first.
+        generation_config: the tree options, a [`ConFuGenerationConfig`].
+        stats: statistics of the last `generate` call with this assistant, a [`GenerationStats`]; None before the first.
+        target: the model that it is attached to, or None.
+        costs: what `policy="auto"` goes by, in seconds; None = it measures.
     """
 
     def __init__(self, target: PreTrainedModel | PeftModel | None = None, **options: Any):
@@ -71,7 +74,17 @@ class LookupAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds):
         return self.target.device
 
     def attach(self, model: PreTrainedModel | PeftModel) -> LookupAssistant:
-        """Route a target's `generate` here. Again on the same target: changes nothing."""
+        """Route a target's `generate` here. Again on the same target: changes nothing.
+
+        Args:
+            model: a supported target, or a `PeftModel` of one.
+
+        Returns:
+            The assistant itself.
+
+        Raises:
+            ValueError: the model cannot be a target, or the assistant is attached to another.
+        """
         target, attached = base_model(model), self.target
         if attached is target:
             return self
@@ -98,7 +111,12 @@ class LookupAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds):
         return target
 
     def new_drafter(self, target: PreTrainedModel, options: TreeOptions) -> Drafter:
-        """Who drafts in one call of `generate`. Override it to draft in another way."""
+        """Who drafts in one call of `generate`. Override it to draft in another way.
+
+        Args:
+            target: the model that verifies.
+            options: the tree options of this call.
+        """
         return LookupDrafter()
 
     def generate(self, *args: Any, **kwargs: Any) -> None:

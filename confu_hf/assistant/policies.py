@@ -30,5 +30,9 @@ class DecidesRounds:
         self.experience.give(costs)
 
     def new_policy(self, options: TreeOptions) -> Policy:
-        """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise."""
+        """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise.
+
+        Args:
+            options: the tree options of this call, those of `generation_config` and of `generate` put together.
+        """
         return FixedPolicy(options) if options.policy == "fixed" else CostPolicy(options, self.experience)

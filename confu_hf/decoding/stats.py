@@ -65,18 +65,21 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What the last call of `generate` did. Every count is per call; `rounds` are target forwards after prefill.
+    """What the last call of `generate` did. Every count is per call, over all rows of its batch.
 
     Attributes:
+        new_tokens: tokens that were written, end tokens included.
+        rounds: forward passes of the target after prefill.
         mean_accepted_length: tokens emitted per round (and batch row), bonus included; nan without any round.
         acceptance_by_depth: share of rounds whose accepted path reached depth 1, 2, ...
         verified_nodes: tree nodes that went through the target, roots included.
         contemplate_tokens: contemplate tokens that went through the target.
         looked_up_tokens: emitted tokens that were drafted by lookup.
-        seconds_draft, seconds_verify, seconds_rest: wall time (the rest: prefill, acceptance, caches).
+        seconds_draft, seconds_verify, seconds_rest: wall time in seconds (the rest: prefill, acceptance, caches).
         reliability: how often nodes that the network drafted were accepted, beside how often they were expected to be.
         lookup_reliability: the same of nodes that were looked up.
-        compiled: whether the target computed with what `confu.compile()` built; if not, `not_compiled_because` says why.
+        compiled: whether the target computed with what `confu.compile()` built; if not,
+            `not_compiled_because` says why.
         records: one per round.
     """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import (
@@ -55,8 +56,13 @@ def check_folder(path: str | os.PathLike, subfolder: str) -> None:
 
 
 def read_config(path: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `config.json`; a `FileNotFoundError` without one."""
-    fields = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    """The fields of `config.json`; a `FileNotFoundError` without one, an `OSError` where a name leads nowhere."""
+    try:
+        fields = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    except OSError as error:
+        if isinstance(error.__cause__, (LocalEntryNotFoundError, HFValidationError)):
+            raise _nowhere(path, error.__cause__) from error
+        raise
     if not fields:
         where = f"{path}, {hub['subfolder']}" if "subfolder" in hub else path
         raise refusal(
@@ -67,6 +73,17 @@ def read_config(path: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, An
             error=FileNotFoundError,
         )
     return fields
+
+
+def _nowhere(path: str | os.PathLike, cause: Exception) -> OSError:
+    """Of a name that is no folder: Transformers tells of the connection, and does not say the name."""
+    if isinstance(cause, HFValidationError):
+        got, fix = "what is neither an existing folder nor the name of a repository", "Look for a misspelt path."
+    else:
+        got = "no folder, and nothing in the cache of this machine, with no way to the Hub (offline mode is on, or no connection)"
+        fix = f"Look for a misspelt path; or run `hf download {path}` once, online and without HF_HUB_OFFLINE=1."
+    expected = "a folder that `save_pretrained` wrote, or a repository on the Hub"
+    return refusal(f"The draft {path}", got=got, expected=expected, fix=fix, error=OSError)
 
 
 def read_weights(path: str | os.PathLike, hub: Mapping[str, Any], *, allow_pickle: bool = False) -> dict[str, Tensor]:

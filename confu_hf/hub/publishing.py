@@ -1,4 +1,4 @@
-"""A saved pair onto the Hub: all of its files in one commit, and a card where the repository has none."""
+"""A saved pair onto the Hub: all of its files in one commit, and a card without figures where the repository has none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.utils import CONFIG_NAME
 
 from ..configuration_confu import ConFuConfig
+from .card import CardContent, pair_card
 
 CARD = "README.md"
 # What an earlier pair may have left behind: in the same commit, what the new one does not have goes.
@@ -38,7 +39,7 @@ def publish(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     if not (folder / CARD).exists() and not api.file_exists(repo_id, CARD, revision=revision):
         config = ConFuConfig.from_json_file(folder / CONFIG_NAME)
-        (folder / CARD).write_text(card(config, repo_id, tags or []), encoding="utf-8")
+        (folder / CARD).write_text(pair_card(config, repo_id, CardContent(tags=tags or ())), encoding="utf-8")
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -48,38 +49,3 @@ def publish(
         create_pr=create_pr,
         delete_patterns=REPLACED,
     )
-
-
-def card(config: ConFuConfig, repo_id: str, tags: list[str]) -> str:
-    """A card that says what the files are and how to use them; figures and data are for the author to add."""
-    kind, method = ("ConFu pair", ["confu", "peft"]) if config.contemplate else ("EAGLE-3 draft", [])
-    base = config.base_model_name_or_path
-    named = base is not None and not Path(base).is_dir()
-    fields = ["library_name: transformers", "pipeline_tag: text-generation"]
-    fields += [f"base_model: {base}", "base_model_relation: adapter"] if named else []
-    fields += [
-        "tags:",
-        *(
-            f"- {tag}"
-            for tag in ["confu_hf", *method, "eagle-3", "speculative-decoding", "assisted-generation", *tags]
-        ),
-    ]
-    target = base if named else "org/target"
-    header = "\n".join(["---", *fields, "---"])
-    return f"""{header}
-
-# {kind} for {target}
-
-Makes `generate()` of {target} faster with [confu_hf](https://arxiv.org/abs/2603.08899) and leaves its text as it is.
-
-```python
-from transformers import AutoModelForCausalLM
-from confu_hf import ConFuAssistant
-
-model = AutoModelForCausalLM.from_pretrained("{target}")
-confu = ConFuAssistant.from_pretrained("{repo_id}", target=model)
-out = model.generate(**inputs, assistant_model=confu)
-```
-
-`config.json` and `model.safetensors` are the draft, `generation_config.json` holds tree options{", `adapter/` is the target's PEFT adapter" if config.contemplate else ""}.
-"""
