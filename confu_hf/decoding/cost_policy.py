@@ -223,7 +223,7 @@ class CostPolicy:
         tokens = [0.0] * self.round.steps
         for forecast, joint, active in zip(forecasts, joints, self.round.active, strict=True):
             for depth, looked_up, probability in zip(forecast.depths, forecast.looked_up, joint, strict=True):
-                if depth and not looked_up:
+                if 0 < depth <= len(tokens) and not looked_up:  # a drafter of another kind may take no steps
                     tokens[depth - 1] += probability * active
         self.layers += [RunningMean() for _ in range(len(tokens) - len(self.layers))]
         for layer, value in zip(self.layers, tokens, strict=False):
