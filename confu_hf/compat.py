@@ -80,6 +80,11 @@ def cache_keyword(module: nn.Module, cache: Cache | None) -> dict[str, Cache | N
     return {cache_argument(module) or _CACHE_NAMES[-1]: cache}
 
 
+def prompt_pass_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model makes of its inputs for the pass that reads the prompt, images included."""
+    return model.prepare_inputs_for_generation(is_first_iteration=True, **inputs)
+
+
 def decoder_only_output(*, cache: Cache, **values: Any) -> GenerateDecoderOnlyOutput:
     """The output of `generate`, the cache under the name that this version of Transformers uses."""
     return GenerateDecoderOnlyOutput(**values, **{OUTPUT_CACHE: cache})

@@ -6,7 +6,7 @@ Public names of Transformers only; where in `generate` these are called is `rout
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import fields
 from typing import Any
 
@@ -24,6 +24,20 @@ from ..target.exchange import batch_of
 
 # Inputs of a target that the loop hands on, or derives. Any other would be lost, and the text would change.
 LOOP_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
+# What a target that sees reads with the prompt alone: plain decoding gives the passes behind it none of these, or makes
+# nothing of them there.
+IMAGE_INPUTS = {
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_attention_mask",
+    "image_sizes",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "mm_token_type_ids",
+    "token_type_ids",
+    "mm_encoder_outputs",
+}
 
 
 def is_confu(assistant: Any) -> bool:
@@ -131,14 +145,23 @@ def check_strategy(config: GenerationConfig) -> None:
             raise _refused_call(f"{name}={getattr(config, name)!r}", expected, fix)
 
 
+def prompt_inputs_of(target: PreTrainedModel) -> set[str]:
+    """What the target may be given with the prompt: images, if it sees."""
+    return IMAGE_INPUTS if getattr(target.config, "vision_config", None) is not None else set()
+
+
 def check_inputs(
     input_ids: Tensor,
     cache: Cache | None,
     model_kwargs: Mapping[str, Any],
     synced_gpus: bool,
     streamer: BaseStreamer | None = None,
+    prompt_inputs: Set[str] = frozenset(),
 ) -> None:
-    """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out."""
+    """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out.
+
+    `prompt_inputs` are those of [`prompt_inputs_of`] the target.
+    """
     batch_size, length = input_ids.shape
     mask = model_kwargs.get("attention_mask")
     position_ids = model_kwargs.get("position_ids")
@@ -161,7 +184,7 @@ def check_inputs(
     if past_length and held != batch_size:
         fix = "Repeat the cache with cache.batch_repeat_interleave(n), or leave it out."
         raise _refused_call(f"a cache of {held} rows with a batch of {batch_size}", "as many", fix)
-    only_new = past_length > 0 and position_ids is not None and position_ids.shape[1] == past_length + length
+    only_new = past_length > 0 and position_ids is not None and position_ids.shape[-1] == past_length + length
     if past_length >= length or only_new:
         raise _refused_call(
             f"{length} input_ids on top of a cache of {past_length} tokens",
@@ -169,18 +192,29 @@ def check_inputs(
             "Pass the ids of the conversation so far, as for a call without a cache.",
         )
     for given in (mask, position_ids):
-        if given is not None and given.shape != input_ids.shape:
+        if given is not None and given.shape[-2:] != input_ids.shape:
             # `generate` counts positions by the mask, and then drops a mask that hides nothing.
             got = f"an attention_mask (or position_ids) of shape {tuple(given.shape)}"
             fix = "Pass the one that belongs to these input_ids, or leave it out."
             raise _refused_call(got, f"{tuple(input_ids.shape)}, as input_ids", fix)
     real = torch.ones_like(input_ids).bool() if mask is None else mask.bool()
-    unknown = [name for name, value in model_kwargs.items() if value is not None and name not in LOOP_INPUTS]
-    if position_ids is not None and not torch.equal(position_ids[real], (real.cumsum(-1) - 1)[real]):
+    known = LOOP_INPUTS | prompt_inputs
+    unknown = [name for name, value in model_kwargs.items() if value is not None and name not in known]
+    if position_ids is not None and position_ids.ndim == 3 and prompt_inputs:
+        _check_channels(position_ids)
+    elif position_ids is not None and not torch.equal(position_ids[real], (real.cumsum(-1) - 1)[real]):
         unknown.append("position_ids other than those of the attention mask")
     if unknown:
         fix = "Leave them out, or leave out the assistant."
-        raise _refused_call(f"model inputs {unknown}", f"none but {sorted(LOOP_INPUTS)}", fix)
+        raise _refused_call(f"model inputs {unknown}", f"none but {sorted(known)}", fix)
+
+
+def _check_channels(position_ids: Tensor) -> None:
+    """Of a target that places images in several dimensions: `(channels, B, N)`; the last three are time, height, width."""
+    last = position_ids[-3:, :, -1]
+    if not bool((last == last[-1]).all()):
+        fix = "End the prompt with text, such as the chat template's generation prompt."
+        raise _refused_call("a prompt that ends with an image", "one whose last token is text", fix)
 
 
 def _refused_call(got: str, expected: object, fix: str) -> ValueError:

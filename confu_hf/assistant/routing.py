@@ -30,6 +30,7 @@ from .checks import (
     check_strategy,
     confu_layer,
     is_confu,
+    prompt_inputs_of,
     resolve_options,
 )
 
@@ -83,7 +84,8 @@ class ConFuGenerationMixin(compat.GenerateSteps):
     ):
         """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
         cache, inputs = compat.split_cache(inputs)
-        check_inputs(input_ids, cache, inputs, synced_gpus, streamer)
+        allowed = prompt_inputs_of(self)
+        check_inputs(input_ids, cache, inputs, synced_gpus, streamer, allowed)
         decoder = Decoder(
             self,
             assistant.config.target_layer_ids,
@@ -101,6 +103,8 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             streamer,
             attention_mask=inputs.get("attention_mask"),
             cache=cache,
+            position_ids=inputs.get("position_ids") if allowed else None,
+            prompt_inputs={name: inputs[name] for name in allowed & set(inputs) if inputs[name] is not None},
             pack_weights=checked.pack_weights,
             products=assistant.products,
         )

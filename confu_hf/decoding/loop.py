@@ -6,7 +6,9 @@ before, is assistant/routing.py's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +78,12 @@ class Decoder:
         self.cache: TreeCache | None = None
 
     def start(
-        self, input_ids: Tensor, attention_mask: Tensor | None, user_cache: Cache | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        user_cache: Cache | None,
+        position_ids: Tensor | None = None,
+        prompt_inputs: Mapping[str, Any] | None = None,
     ) -> tuple[DecodingState, Acceptance]:
         """Prefill, and the first token: a round whose tree is only its root, the prompt's last token."""
         batch_size, length = input_ids.shape
@@ -86,9 +93,17 @@ class Decoder:
         self.cache = self._open_cache(length, user_cache)
         past = self.cache.get_seq_length()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # Without padding the model's fastest causal path needs no mask.
-        needed = None if bool(mask.all()) else mask
-        prefilled = prefill(self.target, input_ids[:, past:], self.cache, self.layer_ids, attention_mask=needed)
+        is_whole = bool(mask.all())
+        prefilled = prefill(
+            self.target,
+            input_ids[:, past:],
+            self.cache,
+            self.layer_ids,
+            # Without padding the model's fastest causal path needs no mask.
+            attention_mask=None if is_whole and not prompt_inputs else mask,
+            position_ids=None if position_ids is None else position_ids[..., past:],
+            prompt_inputs=prompt_inputs,
+        )
         self.cache.set_mask(mask)
         places = self.cache.next_positions()  # (B, 1), the root's
         lengths = (length,) * batch_size
@@ -101,10 +116,10 @@ class Decoder:
             position_offset=prefilled.next_position_ids - places,
             max_length=self.max_length,
         )
-        position_ids = self.cache.slot_position_ids[:, past:].clone()
-        position_ids[:, -1:] = places - 1  # the draft starts there, even from a masked token
+        draft_positions = self.cache.slot_position_ids[:, past:].clone()
+        draft_positions[:, -1:] = places - 1  # the draft starts there, even from a masked token
         tokens = torch.cat([input_ids[:, past + 1 :], acceptance.tokens], dim=1)
-        self.drafter.observe(state, Rows(tokens, prefilled.features, position_ids, is_whole=needed is None))
+        self.drafter.observe(state, Rows(tokens, prefilled.features, draft_positions, is_whole=is_whole))
         return self._end_rows(state), acceptance
 
     def round(self, state: DecodingState) -> tuple[DecodingState, Acceptance]:
@@ -260,6 +275,8 @@ def confu_generate(
     *,
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
+    position_ids: Tensor | None = None,
+    prompt_inputs: Mapping[str, Any] | None = None,
     pack_weights: bool | None = None,
     products: Products | None = None,
 ) -> tuple[GenerateDecoderOnlyOutput | Tensor, GenerationStats]:
@@ -268,13 +285,14 @@ def confu_generate(
     Args:
         input_ids: `(B, n)` long. attention_mask: `(B, n)`, 0 = padding. cache: one that holds a prefix of `input_ids`;
             it is extended in place.
+        position_ids, prompt_inputs: of the prompt, see [`prefill`]; None = as the mask counts, and none.
         pack_weights: see `TreeOptions`. products: what `compile()` built, if it did.
 
     Returns:
         What `generate()` returns, and the statistics of the call.
     """
     decoder.drafter.recall(cache, input_ids)
-    state, acceptance = decoder.start(input_ids, attention_mask, cache)
+    state, acceptance = decoder.start(input_ids, attention_mask, cache, position_ids, prompt_inputs)
     with accelerated(decoder.target, decoder.drafter.network, pack_weights, products) as acceleration:
         execution = f"pack_weights={pack_weights}, compiled={acceleration.compiled}"
         decoder.policy.prepare(Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution))

@@ -9,8 +9,9 @@ Features are the hidden states ENTERING the layers `layer_ids` (`hidden_states[i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,12 +62,15 @@ def prefill(
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    prompt_inputs: Mapping[str, Any] | None = None,
 ) -> Prefilled:
     """The model's own causal forward pass over `input_ids` `(B, N)`, behind what `cache` already holds.
 
     Args:
         attention_mask: `(B, C + N)`, 0 for padding; positions are then counted without it, as `generate()` does.
-        position_ids: `(B, N)`, overrides that.
+        position_ids: `(B, N)`, or `(channels, B, N)` of a target that places images in several dimensions; overrides
+            that.
+        prompt_inputs: what else the model reads with the prompt, such as `pixel_values`.
     """
     if position_ids is None:
         if attention_mask is None:
@@ -76,17 +80,27 @@ def prefill(
             counted = attention_mask.long()
         # As plain decoding counts: a masked token stands at 0, and what follows counts on from the last one.
         position_ids = (counted.cumsum(-1) - 1).masked_fill(counted == 0, 0)[:, -input_ids.shape[1] :]
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
         **compat.cache_keyword(model, cache),
-        use_cache=True,
+        "use_cache": True,
+    }
+    if prompt_inputs:
+        inputs = compat.prompt_pass_inputs(model, {**inputs, **prompt_inputs})
+    output = model(
+        **inputs,
         logits_to_keep=1,
         output_hidden_states=compat.layer_states_request(layer_ids),
         return_dict=True,
     )
-    return Prefilled(output.logits[:, -1], _features(output, layer_ids), position_ids[:, -1:] + 1)
+    return Prefilled(output.logits[:, -1], _features(output, layer_ids), last_position(inputs["position_ids"]) + 1)
+
+
+def last_position(position_ids: Tensor) -> Tensor:
+    """`(B, 1)` of the last token. `position_ids`: `(B, N)`, or `(channels, B, N)`, which agree on the last token."""
+    return position_ids[..., -1:] if position_ids.ndim == 2 else position_ids[-1, :, -1:]
 
 
 @torch.no_grad()
