@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, README, written
 from oracles import make_oracle
+from tiny_vision import VISION
 
 from confu_hf import ConFuAssistant
 
@@ -43,4 +44,4 @@ def test_refused_by_name(architecture):
 def test_the_table_in_the_readme_is_this_list():
     text = README.read_text(encoding="utf-8")
     assert text == written(text), "run `python tests/architectures.py`"
-    assert all(f"| {one.name} |" in text for one in ARCHITECTURES)
+    assert all(f"| {name} |" in text for name in [*VISION, *(one.name for one in ARCHITECTURES)])

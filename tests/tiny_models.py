@@ -30,7 +30,13 @@ SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 
 
 def tiny_target(
-    model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, without: tuple[str, ...] = (), **config
+    model_type: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    without: tuple[str, ...] = (),
+    auto_class: type = AutoModelForCausalLM,
+    **config,
 ) -> PreTrainedModel:
     """A frozen random model in eval mode; `config` overrides fields of its configuration and the implementations,
     `without` names common fields that it does not know."""
@@ -40,7 +46,7 @@ def tiny_target(
     fields = {name: value for name, value in {**COMMON, **config}.items() if name not in without}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class.from_config(
             CONFIG_MAPPING[model_type](**fields), **{"attn_implementation": "sdpa", **implementation}
         )
         return frozen(model, dtype)

@@ -44,8 +44,10 @@ class Vision:
     Attributes:
         model_type: of Transformers. config: fields beside `text_config`. text: fields of that.
         tokens: how many an image has in the prompt. inputs: what else a prompt with one image brings, for its ids.
+        remark: what is special about it.
     """
 
+    remark: str
     model_type: str
     config: dict[str, Any]
     text: dict[str, Any]
@@ -99,6 +101,7 @@ def _pixels(*shape: int, kinds: bool = False) -> Callable[[Tensor], dict[str, Te
 
 VISION = {
     "Qwen2-VL": Vision(
+        "images in the prompt, positions in three dimensions",
         "qwen2_vl",
         {"vision_config": {**_QWEN_VISION, "embed_dim": 16, "mlp_ratio": 2}, **_QWEN},
         _MROPE,
@@ -106,6 +109,7 @@ VISION = {
         _grids(24),
     ),
     "Qwen2.5-VL": Vision(
+        "images in the prompt, positions in three dimensions",
         "qwen2_5_vl",
         {
             "vision_config": {
@@ -122,6 +126,7 @@ VISION = {
         _grids(24),
     ),
     "Qwen3-VL": Vision(
+        "images in the prompt and in early layers",
         "qwen3_vl",
         {
             "vision_config": {
@@ -138,6 +143,7 @@ VISION = {
         _grids(24),
     ),
     "SmolVLM": Vision(
+        "images in the prompt",
         "smolvlm",
         {"vision_config": _CLIP, "scale_factor": 2, "image_token_id": IMAGE, "pad_token_id": 0},
         {"model_type": "llama"},
@@ -145,6 +151,7 @@ VISION = {
         _pixels(1, 3, 8, 8),
     ),
     "Idefics 3": Vision(
+        "images in the prompt",
         "idefics3",
         {"vision_config": _CLIP, "scale_factor": 2, "image_token_id": IMAGE, "pad_token_id": 0},
         {"model_type": "llama"},
@@ -152,6 +159,7 @@ VISION = {
         _pixels(1, 3, 8, 8),
     ),
     "LLaVA": Vision(
+        "images in the prompt",
         "llava",
         {"vision_config": {**_CLIP, "model_type": "clip_vision_model"}, "image_token_id": IMAGE},
         {"model_type": "llama"},
@@ -159,6 +167,7 @@ VISION = {
         _pixels(3, 8, 8),
     ),
     "Gemma 3": Vision(
+        "images in the prompt, read in both directions",
         "gemma3",
         {
             "vision_config": {**_CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},

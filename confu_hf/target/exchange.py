@@ -15,7 +15,7 @@ from .cache import TreeCache, TreeLayer
 def import_cache(
     cache: Cache,
     num_layers: int,
-    soft_prompts: Tensor | Sequence[Tensor] | None = None,
+    soft_prompts: Tensor | Sequence[Sequence[Tensor]] | None = None,
     capacity: int = 256,
 ) -> TreeCache:
     """Copy a DynamicCache or TreeCache. Rows dropped by sliding layers become zeros, out of every later window."""
