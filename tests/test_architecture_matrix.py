@@ -26,7 +26,7 @@ def test_same_text_as_plain_generate(architecture):
     expected = model.generate(PROMPTS, attention_mask=MASK, do_sample=False, **arguments)
     got = model.generate(PROMPTS, attention_mask=MASK, do_sample=False, assistant_model=assistant, **TREE, **arguments)
     assert got.tolist() == expected.tolist()
-    assert assistant.stats.mean_accepted_length > 1.5
+    assert assistant.stats.mean_accepted_length > 1.3
     texts = []
     for more in ({}, {"assistant_model": assistant, **TREE}):
         torch.manual_seed(5)

@@ -11,13 +11,17 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .. import compat
+from ..decoding.drafting import Drafter
+from ..decoding.drawing import DrawingDrafter
 from ..decoding.loop import Decoder, confu_generate
+from ..decoding.policy import Policy
 from ..errors import refusal
 from ..options import OPTION_ARGUMENTS, TreeOptions
 from ..target.soft_prompts import check_no_checkpointing
@@ -65,6 +69,13 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             check_placement(assistant, self)
         check_strategy(generation_config)
         options = resolve_options(assistant, self, generation_config, taken)
+        if options.draft_sampling and not isinstance(assistant, nn.Module):
+            raise refusal(
+                "draft_sampling",
+                got=f"a {type(assistant).__name__}, which looks tokens up",
+                expected="a draft network, which has a distribution to draw from",
+                fix="Leave it out.",
+            )
         if options.contemplate:
             check_adapter(assistant.config, self, assistant.adapter_name(self))
         return options
@@ -84,13 +95,14 @@ class ConFuGenerationMixin(compat.GenerateSteps):
     ):
         """`inputs` may hold a cache of the user; one that `generate` made gives way to the loop's own."""
         cache, inputs = compat.split_cache(inputs)
+        drafter, policy = _deciders(assistant, self, checked, generation_config)
         allowed = prompt_inputs_of(self)
         check_inputs(input_ids, cache, inputs, synced_gpus, streamer, allowed)
         decoder = Decoder(
             self,
             assistant.config.target_layer_ids,
-            assistant.new_drafter(self, checked),
-            assistant.new_policy(checked),
+            drafter,
+            policy,
             assistant.contemplator(self) if checked.contemplate else None,
             logits_processor,
             stopping_criteria,
@@ -116,6 +128,17 @@ class ConFuGenerationMixin(compat.GenerateSteps):
         if constructor is copyreg.__newobj__:
             constructor, arguments = _new_routed, (type(self)._target_class, *arguments[1:])
         return (constructor, arguments, *rest)
+
+
+def _deciders(
+    assistant: Any, target: PreTrainedModel, options: TreeOptions, generation_config: GenerationConfig
+) -> tuple[Drafter, Policy]:
+    """Who drafts in a call, and who decides what a round may spend."""
+    if not (options.draft_sampling and generation_config.do_sample):
+        return assistant.new_drafter(target, options), assistant.new_policy(options)
+    options = replace(options, lookup=False, policy="fixed")
+    drafter = DrawingDrafter(assistant.new_drafter(target, options), generation_config.temperature or 1.0)
+    return drafter, assistant.new_policy(options)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 The walk asks at every node for ONE token, with the call, the float type and the random stream of plain `generate`,
 and follows it if it is a child of the node. So the text, greedy or sampled, is that of plain decoding, whatever was
-drafted.
+drafted. Trees whose children were drawn go by another rule for the same distribution: rejection.py.
 
 It gets logits that are already computed; the forward pass is target/passes.py's, the cache's rows target/cache.py's.
 """
@@ -18,6 +18,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..errors import refusal
 from ..tree.draft_tree import DraftTree
+from ..tree.drawing import DrawnTree
+from .rejection import RejectionSampler
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Sampler:
     """Draws the next token exactly as `GenerationMixin._sample` does, random stream included."""
 
     do_sample: bool
+
+    def at(self, node: int) -> Sampler:
+        """The next call is about this node: here all are alike."""
+        return self
 
     def __call__(self, scores: Tensor) -> Tensor:
         """(B,) long, one token for each row of processed scores (B, V) float32."""
@@ -134,7 +140,9 @@ def accept(
         elif choices is not None:
             walks.append(walk_greedily(children, choices[row], ids, stopping_criteria))
         else:
-            rules = (processors[row], Sampler(do_sample), stopping_criteria, record, past_scores)
+            is_drawn = do_sample and isinstance(tree, DrawnTree)
+            sampler = RejectionSampler(tree, row) if is_drawn else Sampler(do_sample)
+            rules = (processors[row], sampler, stopping_criteria, record, past_scores)
             walks.append(walk_stepwise(children, logits[row : row + 1], ids, *rules))
     return _gather(walks, tree.tokens.device)
 
@@ -161,7 +169,7 @@ def walk_stepwise(
     logits: Tensor,
     input_ids: Tensor,
     processors: LogitsProcessorList,
-    sampler: Sampler,
+    sampler: Sampler | RejectionSampler,
     stopping_criteria: StoppingCriteriaList,
     record: bool = False,
     past_scores: tuple[Tensor, ...] | None = (),
@@ -184,7 +192,7 @@ def walk_stepwise(
         if record:
             scores += (node_scores,)
             raw_logits += (node_logits,)
-        ids[:, end - 1] = sampler(node_scores)
+        ids[:, end - 1] = sampler.at(node)(node_scores)
         seen_scores = past_scores + scores if record and past_scores is not None else None
         finished = bool(stopping_criteria(ids[:, :end], seen_scores).all())
         tokens.append(ids[0, end - 1].item())

@@ -9,7 +9,6 @@ from transformers import DynamicCache, PreTrainedModel
 from .. import compat
 from ..errors import refusal
 
-
 # `(L, 2, S, kv_heads, head_dim)`, index 0 the key; or of each layer a pair, where keys and values differ in width.
 SoftPrompts = Tensor | list[tuple[Tensor, Tensor]]
 
