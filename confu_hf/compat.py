@@ -191,6 +191,16 @@ def forget_output_capturing(model: nn.Module) -> None:
         module.__dict__.pop("_output_capturing_hooks_installed", None)
 
 
+def working_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens: the device of its embeddings, or, where accelerate keeps these elsewhere between
+    passes, the one that it brings them to."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
+    known = [device for device in devices if device is not None]
+    return torch.device(known[0]) if embedding.weight.is_meta and known else embedding.weight.device
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside what `torch.compile` returns."""
     return getattr(model, "_orig_mod", model)

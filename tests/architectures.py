@@ -152,13 +152,6 @@ ARCHITECTURES = [
         refusal="an encoder-decoder",
         auto_class=AutoModelForSeq2SeqLM,
     ),
-    Architecture(
-        "Llama 3.2 Vision",
-        "mllama_text_model",
-        "layers that attend to an image",
-        {"cross_attention_layers": [3]},
-        refusal="attend to an image",
-    ),
 ]
 
 

@@ -43,7 +43,7 @@ def test_modes_are_left_as_they_are(target, confu):
 
 def test_an_assistant_of_one_target_on_another(target, confu):
     """It would read the other's adapter, or none."""
-    other = tiny_llama(seed=1)
+    other = tiny_llama()
     message = ["No ConFu adapter is attached to the target: got one without a ConFu adapter"]
     own = ConFuAssistant.from_target(other, contemplate=False)
     refused(message, lambda: assisted(other, confu), other)

@@ -140,11 +140,14 @@ def accept(
         elif choices is not None:
             walks.append(walk_greedily(children, choices[row], ids, stopping_criteria))
         else:
-            is_drawn = do_sample and isinstance(tree, DrawnTree)
-            sampler = RejectionSampler(tree, row) if is_drawn else Sampler(do_sample)
+            sampler = _sampler(tree, row, do_sample)
             rules = (processors[row], sampler, stopping_criteria, record, past_scores)
             walks.append(walk_stepwise(children, logits[row : row + 1], ids, *rules))
     return _gather(walks, tree.tokens.device)
+
+
+def _sampler(tree: DraftTree, row: int, do_sample: bool) -> Sampler | RejectionSampler:
+    return RejectionSampler(tree, row) if do_sample and isinstance(tree, DrawnTree) else Sampler(do_sample)
 
 
 def _gather(walks: list[_Walk], device: torch.device) -> Acceptance:
