@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..acceleration.decoding import accelerated
 from ..acceleration.products import Products
-from ..compat import decoder_only_output, pad_token
+from ..compat import decoder_only_output, pad_token, working_device
 from ..target.cache import TreeCache
 from ..target.exchange import export_cache, import_cache
 from ..target.passes import Verified, prefill, verify
@@ -74,7 +74,7 @@ class Decoder:
         self.batch: Batch | None = None
         self.scores: list[tuple[Tensor, ...]] = []  # of each row, one (1, V) for every token
         self.raw_logits: list[tuple[Tensor, ...]] = []
-        self.tally, self.stopwatch = Tally(), Stopwatch(target.device)
+        self.tally, self.stopwatch = Tally(), Stopwatch(working_device(target))
         self.cache: TreeCache | None = None
 
     def start(
