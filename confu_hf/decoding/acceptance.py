@@ -140,8 +140,7 @@ def accept(
         elif choices is not None:
             walks.append(walk_greedily(children, choices[row], ids, stopping_criteria))
         else:
-            sampler = _sampler(tree, row, do_sample)
-            rules = (processors[row], sampler, stopping_criteria, record, past_scores)
+            rules = (processors[row], _sampler(tree, row, do_sample), stopping_criteria, record, past_scores)
             walks.append(walk_stepwise(children, logits[row : row + 1], ids, *rules))
     return _gather(walks, tree.tokens.device)
 
