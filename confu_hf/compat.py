@@ -85,6 +85,11 @@ def cache_keyword(module: nn.Module, cache: Cache | None) -> dict[str, Cache | N
     return {cache_argument(module) or _CACHE_NAMES[-1]: cache}
 
 
+def prompt_pass_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model makes of its inputs for the pass that reads the prompt, images included."""
+    return model.prepare_inputs_for_generation(is_first_iteration=True, **inputs)
+
+
 def decoder_only_output(*, cache: Cache, **values: Any) -> GenerateDecoderOnlyOutput:
     """The output of `generate`, the cache under the name that this version of Transformers uses."""
     return GenerateDecoderOnlyOutput(**values, **{OUTPUT_CACHE: cache})
@@ -203,6 +208,16 @@ def forget_output_capturing(model: nn.Module) -> None:
                 ):
                     hooks.pop(key, None)
         module.__dict__.pop("_output_capturing_hooks_installed", None)
+
+
+def working_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens: the device of its embeddings, or, where accelerate keeps these elsewhere between
+    passes, the one that it brings them to."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
+    known = [device for device in devices if device is not None]
+    return torch.device(known[0]) if embedding.weight.is_meta and known else embedding.weight.device
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

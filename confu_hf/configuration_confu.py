@@ -26,6 +26,7 @@ class TargetGeometry:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    caches_latents: bool = False  # multi-head latent attention: keys and values of different width in the cache
 
     @classmethod
     def of(cls, target_config: PreTrainedConfig) -> TargetGeometry:
@@ -41,14 +42,23 @@ class TargetGeometry:
             )
         # Falcon's configs do not say it: with its new decoder, keys are repeated before they come into the cache.
         multi_query = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
+        latents = bool(getattr(text, "kv_lora_rank", None))
+        # With latents, `head_dim` is that of the rotated part alone.
+        head_dim = getattr(text, "v_head_dim" if latents else "head_dim", None)
         return cls(
             vocab_size=text.vocab_size,
             hidden_size=text.hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or (1 if multi_query else heads),
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            head_dim=head_dim or text.hidden_size // heads,
+            caches_latents=latents,
         )
+
+    @property
+    def soft_prompt_types(self) -> tuple[str, ...]:
+        """How soft prompts can be given, the default first."""
+        return ("embedding",) if self.caches_latents else ("kv", "embedding")
 
 
 def default_layer_ids(num_layers: int) -> list[int]:

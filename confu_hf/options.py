@@ -25,6 +25,10 @@ class TreeOptions:
             = one for every node.
         contemplate: False switches contemplation off (EAGLE-3 mode).
         lookup: what followed where the text read alike before joins the tree as further branches.
+        draft_sampling: when `generate` samples, draw the tree from the draft's distribution instead of taking its best
+            guesses, and verify by recursive rejection: near temperature 1 more is accepted. The text has the target's
+            distribution, but not the random numbers of plain decoding. Such trees have `total_tokens` nodes in every
+            round, whatever `policy`, `confidence_threshold` and `lookup` say.
         policy: "auto" decides in each round, from measured costs and from what is accepted, how much is drafted and
             verified; the options above are its upper limits. "fixed" = the tree that they describe, in every round.
         pack_weights: on CPU, decode with a copy of the linear layers packed for small batches of rows, the draft's in
@@ -38,6 +42,7 @@ class TreeOptions:
     contemplate_tokens: int | None = None
     contemplate: bool = True
     lookup: bool = True
+    draft_sampling: bool = False
     policy: str = "auto"
     pack_weights: bool | None = None
 
@@ -58,6 +63,7 @@ class ConFuGenerationConfig(GenerationConfig):
         contemplate_tokens: contemplate tokens of a verify pass; None = one for every node and the root.
         contemplate: False = EAGLE-3 mode.
         lookup: whether what followed earlier, alike places of the text joins the tree.
+        draft_sampling: when `generate` samples, draw the tree and verify it by recursive rejection.
         policy: "auto" = as much of that as pays; "fixed" = exactly that.
         pack_weights: on CPU, decode with packed copies of the linear layers; None = if they are small.
         **kwargs: of `GenerationConfig`.
@@ -98,6 +104,7 @@ def check_options(options: TreeOptions, config: ConFuConfig) -> None:
     choices = {
         "contemplate": (True, False),
         "lookup": (True, False),
+        "draft_sampling": (True, False),
         "pack_weights": (True, False, None),
         "policy": ("auto", "fixed"),
     }

@@ -13,8 +13,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import torch  # noqa: E402
 from tiny_models import SLIDING_WINDOW, tiny_target  # noqa: E402
-from transformers import PreTrainedModel  # noqa: E402
+from tiny_vision import VISION  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel  # noqa: E402
 
 MODELS = Path(__file__).parent.parent / "examples" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
@@ -30,7 +32,7 @@ class Architecture:
     Attributes:
         name: for people. model_type: of Transformers.
         remark: what is special about it. refusal: for those that cannot be targets, what the refusal says (a pattern).
-        config: fields of its configuration. without: common fields that it does not know.
+        config: fields of its configuration. without: common fields that it does not know. auto_class: loads it.
     """
 
     name: str
@@ -39,14 +41,25 @@ class Architecture:
     config: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     refusal: str | None = None
+    auto_class: type = AutoModelForCausalLM
 
-    def model(self) -> PreTrainedModel:
-        """A tiny random one in float64."""
-        return tiny_target(self.model_type, without=self.without, **self.config)
+    def model(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+        """A tiny random one."""
+        return tiny_target(
+            self.model_type, without=self.without, auto_class=self.auto_class, dtype=dtype, **self.config
+        )
 
 
 _WINDOW = {"sliding_window": SLIDING_WINDOW}
-_MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+_MLA = {
+    "kv_lora_rank": 12,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_ROUTED = {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24}
 _GEMMA = {**_WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 8}
 ARCHITECTURES = [
     Architecture("Llama", "llama", "grouped queries"),
@@ -55,6 +68,12 @@ ARCHITECTURES = [
     Architecture("Qwen2", "qwen2", "biases"),
     Architecture("Qwen3", "qwen3", "norms of queries and keys"),
     Architecture("Qwen3-MoE", "qwen3_moe", "experts", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}),
+    Architecture(
+        "Gemma 2",
+        "gemma2",
+        "soft-capped scores (eager) and logits, mixed windows",
+        {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0, "attn_implementation": "eager"},
+    ),
     Architecture("Gemma 3 (text)", "gemma3_text", "two rotary bases, mixed windows", _GEMMA),
     Architecture("Phi", "phi", "partial rotary positions", {"partial_rotary_factor": 0.5}),
     Architecture("Phi-3", "phi3", "fused projections"),
@@ -84,13 +103,24 @@ ARCHITECTURES = [
         "attention sinks (eager), experts, mixed windows",
         {**_EXPERTS, **_WINDOW, "layer_types": _MIXED, "num_local_experts": 4, "attn_implementation": "eager"},
     ),
+    Architecture("DeepSeek-V2", "deepseek_v2", "latent attention, experts", {**_MLA, **_ROUTED}, ("head_dim",)),
+    Architecture("DeepSeek-V3", "deepseek_v3", "latent attention, experts", {**_MLA, **_ROUTED}, ("head_dim",)),
+    Architecture("GLM-4.7-Flash", "glm4_moe_lite", "latent attention, experts", {**_MLA, **_ROUTED}, ("head_dim",)),
+    Architecture("MiniCPM 3", "minicpm3", "latent attention", _MLA, ("head_dim",)),
     Architecture(
-        "DeepSeek-V3",
-        "deepseek_v3",
-        "multi-head latent attention",
-        {**_MLA, **_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
+        "DeepSeek-V3.2",
+        "deepseek_v32",
+        "sparse attention by an index",
+        {**_MLA, **_ROUTED},
         ("head_dim",),
-        "multi-head latent attention, whose keys and values differ in size",
+        refusal="layers with recurrent or unsupported state \\(indexed_attention\\)",
+    ),
+    Architecture(
+        "Gemma 3n (text)",
+        "gemma3n_text",
+        "embeddings for every layer",
+        {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 2},
+        refusal="embeddings of tokens for every layer",
     ),
     Architecture(
         "BLOOM",
@@ -114,14 +144,24 @@ ARCHITECTURES = [
         {"state_size": 4, "attn_implementation": "eager"},
         refusal="does not take attention_mask|num_attention_heads|recurrent",
     ),
+    Architecture(
+        "T5",
+        "t5",
+        "encoder and decoder",
+        {"attn_implementation": "eager"},
+        refusal="an encoder-decoder",
+        auto_class=AutoModelForSeq2SeqLM,
+    ),
 ]
 
 
 def table() -> str:
     """The table in Markdown."""
     lines = ["| target | what is special | same as plain `generate` |", "|---|---|---|"]
-    for one in ARCHITECTURES:
-        lines.append(f"| {one.name} | {one.remark} | {'yes' if one.refusal is None else 'refused before it starts'} |")
+    lines += [f"| {one.name} | {one.remark} | yes |" for one in ARCHITECTURES if one.refusal is None]
+    lines += [f"| {name} | {one.remark} | yes |" for name, one in VISION.items()]
+    refused = [one for one in ARCHITECTURES if one.refusal is not None]
+    lines += [f"| {one.name} | {one.remark} | refused before it starts |" for one in refused]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, MODELS, written
 from oracles import make_oracle
+from tiny_vision import VISION
 
 from confu_hf import ConFuAssistant
 
@@ -25,7 +26,7 @@ def test_same_text_as_plain_generate(architecture):
     expected = model.generate(PROMPTS, attention_mask=MASK, do_sample=False, **arguments)
     got = model.generate(PROMPTS, attention_mask=MASK, do_sample=False, assistant_model=assistant, **TREE, **arguments)
     assert got.tolist() == expected.tolist()
-    assert assistant.stats.mean_accepted_length > 1.5
+    assert assistant.stats.mean_accepted_length > 1.3
     texts = []
     for more in ({}, {"assistant_model": assistant, **TREE}):
         torch.manual_seed(5)
@@ -43,4 +44,4 @@ def test_refused_by_name(architecture):
 def test_the_table_in_the_guide_is_this_list():
     text = MODELS.read_text(encoding="utf-8")
     assert text == written(text), "run `python tests/architectures.py`"
-    assert all(f"| {one.name} |" in text for one in ARCHITECTURES)
+    assert all(f"| {name} |" in text for name in [*VISION, *(one.name for one in ARCHITECTURES)])

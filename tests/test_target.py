@@ -367,7 +367,8 @@ def test_attention_without_dense_masks_is_refused(implementation):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("kv_lora_rank", 4, "latent attention.*grouped-query"),
+        ("hidden_size_per_layer_input", 4, "embeddings of tokens for every layer"),
+        ("cross_attention_layers", [2], "attend to an image or an encoder"),
         ("num_kv_shared_layers", 2, "share keys and values"),
         ("use_bidirectional_attention", True, "both directions"),
         ("alibi", True, "ALiBi"),

@@ -12,7 +12,7 @@ NUM_LAYERS = 8
 LAYER_IDS = (2, NUM_LAYERS // 2, NUM_LAYERS - 3)
 SLIDING_WINDOW = 6
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -26,27 +26,38 @@ _COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.2,
 }
-_SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 
 
 def tiny_target(
-    model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, without: tuple[str, ...] = (), **config
+    model_type: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    without: tuple[str, ...] = (),
+    auto_class: type = AutoModelForCausalLM,
+    **config,
 ) -> PreTrainedModel:
     """A frozen random model in eval mode; `config` overrides fields of its configuration and the implementations,
     `without` names common fields that it does not know."""
     implementation = {
         key: config.pop(key) for key in ("attn_implementation", "experts_implementation") if key in config
     }
-    fields = {name: value for name, value in {**_COMMON, **config}.items() if name not in without}
+    fields = {name: value for name, value in {**COMMON, **config}.items() if name not in without}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class.from_config(
             CONFIG_MAPPING[model_type](**fields), **{"attn_implementation": "sdpa", **implementation}
         )
-        # Norm weights and biases start as constants; make every parameter matter.
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        return frozen(model, dtype)
+
+
+def frozen(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A fresh model in eval mode. Norm weights and biases start as constants, some projections as zeros: here every
+    parameter matters."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1 or not parameter.any():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -71,7 +82,7 @@ def tiny_gemma2(**kwargs) -> PreTrainedModel:
     fields = {
         "attn_implementation": "eager",
         "sliding_window": SLIDING_WINDOW,
-        "layer_types": _SLIDING_AND_FULL,
+        "layer_types": SLIDING_AND_FULL,
         "query_pre_attn_scalar": 8,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
@@ -81,7 +92,7 @@ def tiny_gemma2(**kwargs) -> PreTrainedModel:
 
 def tiny_gemma3(**kwargs) -> PreTrainedModel:
     """Two rotary bases, one for sliding and one for full layers."""
-    fields = {"sliding_window": SLIDING_WINDOW, "layer_types": _SLIDING_AND_FULL, "query_pre_attn_scalar": 8}
+    fields = {"sliding_window": SLIDING_WINDOW, "layer_types": SLIDING_AND_FULL, "query_pre_attn_scalar": 8}
     return tiny_target("gemma3_text", **{**fields, **kwargs})
 
 

@@ -32,9 +32,12 @@ class ConFuAdapterConfig(PeftConfig):
     """
 
     num_virtual_tokens: int = field(default=16, metadata={"help": "Length S of the soft prompt."})
-    soft_prompt_type: str = field(
-        default="kv",
-        metadata={"help": "'kv' learns keys and values per layer, 'embedding' runs S vectors through the target."},
+    soft_prompt_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "'kv' learns keys and values per layer, 'embedding' runs S vectors through the target; None = 'kv', or "
+            "'embedding' for a target that caches latents."
+        },
     )
     num_experts: int = field(default=8, metadata={"help": "Embeddings that a contemplate token is mixed from."})
     num_experts_per_token: int = field(default=2, metadata={"help": "How many of them the router keeps."})
@@ -66,8 +69,8 @@ class ConFuAdapterConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = ConFuPeftType.CONFU
         self.task_type = self.task_type or "CAUSAL_LM"
-        if self.soft_prompt_type not in ("kv", "embedding"):
-            self._refuse("soft_prompt_type", "'kv' or 'embedding'")
+        if self.soft_prompt_type not in (None, "kv", "embedding"):
+            self._refuse("soft_prompt_type", "'kv' or 'embedding', or None for the target's default")
         for name in ("num_virtual_tokens", "num_experts", "num_experts_per_token"):
             if not _is_positive_int(getattr(self, name)):
                 self._refuse(name, "an integer of at least 1")
@@ -138,9 +141,20 @@ class ConFuAdapterConfig(PeftConfig):
                 )
         for name, expected in geometry.items():
             setattr(self, name, expected)
+        self._choose_soft_prompt_type(TargetGeometry.of(target.config).soft_prompt_types)
         if self.target_layer_ids is None:
             self.target_layer_ids = default_layer_ids(self.target_num_hidden_layers)
         self.__post_init__()
+
+    def _choose_soft_prompt_type(self, possible: tuple[str, ...]) -> None:
+        self.soft_prompt_type = self.soft_prompt_type or possible[0]
+        if self.soft_prompt_type not in possible:
+            raise refusal(
+                "Soft prompts of a target that caches latents",
+                got=f"soft_prompt_type={self.soft_prompt_type!r}",
+                expected=" or ".join(map(repr, possible)),
+                fix="Leave it out for the default.",
+            )
 
 
 def _is_positive_int(value: object) -> bool:

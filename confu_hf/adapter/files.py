@@ -120,6 +120,7 @@ def _read_config(folder: Path) -> ConFuAdapterConfig:
         "num_key_value_heads",
         "head_dim",
         "target_layer_ids",
+        "soft_prompt_type",
     )
     geometry += ("lora_widths",) if config.lora_rank else ()
     missing = [name for name in geometry if getattr(config, name) is None]

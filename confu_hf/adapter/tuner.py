@@ -90,7 +90,7 @@ class ConFuTuner(BaseTuner):
         if layer is None:
             embedding = parent.get_input_embeddings().weight
             dtype = embedding.dtype if embedding.is_floating_point() else torch.get_default_dtype()
-            layer = ConFuLayer(embedding.device, dtype)
+            layer = ConFuLayer(compat.working_device(parent), dtype)
             parent.add_module(target_name, layer)
         layer.update_layer(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
         # `target.save_pretrained` goes on writing the target's weights only.

@@ -134,8 +134,9 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         assistant.config.name_or_path = str(path)
         assistant.generation_config, assistant._adapter = pair.generation_config, pair.adapter
         if target is not None:
-            if kwargs.get("device_map") is None and not embedding.is_meta:
-                assistant.to(embedding.device)
+            device = compat.working_device(target)
+            if kwargs.get("device_map") is None and device.type != "meta":
+                assistant.to(device)
             assistant.attach(target, tokenizer)
         return (assistant, info) if report else assistant
 
@@ -155,7 +156,8 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         adapter_fields = {name: config.pop(name) for name in ADAPTER_FIELDS if name in config}
         assistant = cls(ConFuConfig.from_target_config(target.config, **config)).eval()
         embedding = target.get_input_embeddings().weight
-        assistant.to(embedding.device, dtype=embedding.dtype if embedding.is_floating_point() else target.dtype)
+        device = compat.working_device(target)
+        assistant.to(device, dtype=embedding.dtype if embedding.is_floating_point() else target.dtype)
         if assistant.config.contemplate:
             adapter = ConFuAdapterConfig(
                 target_layer_ids=assistant.config.target_layer_ids,

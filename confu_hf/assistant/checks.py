@@ -6,11 +6,11 @@ Public names of Transformers only; where in `generate` these are called is `rout
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -33,6 +33,20 @@ LOOP_INPUTS = {
     "output_hidden_states",
     "position_ids",
     "use_cache",
+}
+# What a target that sees reads with the prompt alone: plain decoding gives the passes behind it none of these, or makes
+# nothing of them there.
+IMAGE_INPUTS = {
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_attention_mask",
+    "image_sizes",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "mm_token_type_ids",
+    "token_type_ids",
+    "mm_encoder_outputs",
 }
 
 
@@ -155,6 +169,11 @@ def check_strategy(config: GenerationConfig, target: PreTrainedModel) -> None:
             raise _refused_call(f"{name}={getattr(config, name)!r}", expected, fix)
 
 
+def prompt_inputs_of(target: PreTrainedModel) -> set[str]:
+    """What the target may be given with the prompt: images, if it sees."""
+    return IMAGE_INPUTS if getattr(target.config, "vision_config", None) is not None else set()
+
+
 def check_inputs(
     prompt: Prompt,
     model_kwargs: Mapping[str, Any],
@@ -163,8 +182,12 @@ def check_inputs(
     *,
     synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
+    prompt_inputs: Set[str] = frozenset(),
 ) -> None:
-    """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out."""
+    """Raise a `ValueError` for inputs that the decoding loop cannot start from, or would silently leave out.
+
+    `prompt_inputs` are those of [`prompt_inputs_of`] the target.
+    """
     batch_size, length = prompt.input_ids.shape[0], prompt.length
     if length == 0:
         fix = "Pass at least one token, such as the target's bos_token_id."
@@ -175,13 +198,25 @@ def check_inputs(
     if synced_gpus:
         fix = "Leave out the assistant under ZeRO-3 and FSDP."
         raise _refused_call("synced_gpus=True", "a target that each process holds whole", fix)
+    if prompt.chunk_size is not None and prompt.prompt_inputs:
+        fix = "Leave out prefill_chunk_size: images are read with the whole prompt."
+        raise _refused_call(f"prefill_chunk_size={prompt.chunk_size} with images", None, fix)
     if prompt.cache is not None:
         _check_cache(prompt, config, num_layers)
-    _check_shapes(prompt, config)
-    unknown = [name for name, value in model_kwargs.items() if value is not None and name not in LOOP_INPUTS]
+    _check_shapes(prompt, config, channels=bool(prompt_inputs))
+    known = LOOP_INPUTS | prompt_inputs
+    unknown = [name for name, value in model_kwargs.items() if value is not None and name not in known]
     if unknown:
         fix = "Leave them out, or leave out the assistant."
-        raise _refused_call(f"model inputs {unknown}", f"none but {sorted(LOOP_INPUTS)}", fix)
+        raise _refused_call(f"model inputs {unknown}", f"none but {sorted(known)}", fix)
+
+
+def _check_channels(position_ids: Tensor) -> None:
+    """Of a target that places images in several dimensions: `(channels, B, N)`; the last three are time, height, width."""
+    last = position_ids[-3:, :, -1]
+    if not bool((last == last[-1]).all()):
+        fix = "End the prompt with text, such as the chat template's generation prompt."
+        raise _refused_call("a prompt that ends with an image", "one whose last token is text", fix)
 
 
 def _check_cache(prompt: Prompt, config: GenerationConfig, num_layers: int) -> None:
@@ -204,8 +239,8 @@ def _check_cache(prompt: Prompt, config: GenerationConfig, num_layers: int) -> N
         )
 
 
-def _check_shapes(prompt: Prompt, config: GenerationConfig) -> None:
-    """Whether mask and positions belong to the prompt."""
+def _check_shapes(prompt: Prompt, config: GenerationConfig, channels: bool) -> None:
+    """Whether mask and positions belong to the prompt. `channels`: these may be of several dimensions."""
     batch_size, length, mask = len(prompt.input_ids), prompt.length, prompt.attention_mask
     shape = (batch_size, compat.mask_length(mask, config, length)) if mask is None else tuple(mask.shape)
     if shape != (batch_size, length):
@@ -215,10 +250,13 @@ def _check_shapes(prompt: Prompt, config: GenerationConfig) -> None:
     if positions is None:
         return
     lengths = {length, length - length_of(prompt.cache)}
-    if positions.ndim != 2 or positions.shape[0] not in (1, batch_size) or positions.shape[1] not in lengths:
+    fits = positions.ndim == 2 or (channels and positions.ndim == 3)
+    if not fits or positions.shape[-2] not in (1, batch_size) or positions.shape[-1] not in lengths:
         got = f"position_ids of shape {tuple(positions.shape)}"
         fix = "Pass those that belong to the prompt, or leave them out."
         raise _refused_call(got, f"{(batch_size, length)}, as {prompt.name}", fix)
+    if positions.ndim == 3:
+        _check_channels(positions)
 
 
 def _refused_call(got: str, expected: object, fix: str) -> ValueError:

@@ -71,7 +71,7 @@ class LookupAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds):
     @property
     def device(self) -> torch.device:
         """The target's, as nothing here is a network."""
-        return self.target.device
+        return compat.working_device(self.target)
 
     def attach(self, model: PreTrainedModel | PeftModel) -> LookupAssistant:
         """Route a target's `generate` here. Again on the same target: changes nothing.

@@ -11,14 +11,18 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .. import compat
+from ..decoding.drafting import Drafter
+from ..decoding.drawing import DrawingDrafter
 from ..decoding.loop import Decoder, confu_generate
+from ..decoding.policy import Policy
 from ..decoding.prompt import Prompt
 from ..errors import refusal
 from ..options import OPTION_ARGUMENTS, TreeOptions
@@ -33,6 +37,7 @@ from .checks import (
     check_strategy,
     confu_layer,
     is_confu,
+    prompt_inputs_of,
     resolve_options,
 )
 
@@ -67,6 +72,13 @@ class ConFuGenerationMixin(compat.GenerateSteps):
             check_placement(assistant, self)
         check_strategy(generation_config, self)
         options = resolve_options(assistant, self, generation_config, taken)
+        if options.draft_sampling and not isinstance(assistant, nn.Module):
+            raise refusal(
+                "draft_sampling",
+                got=f"a {type(assistant).__name__}, which looks tokens up",
+                expected="a draft network, which has a distribution to draw from",
+                fix="Leave it out.",
+            )
         if options.contemplate:
             check_adapter(assistant.config, self, assistant.adapter_name(self))
         return options
@@ -86,23 +98,17 @@ class ConFuGenerationMixin(compat.GenerateSteps):
     ):
         """`inputs` may hold a cache of the user; a dynamic one that `generate` made gives way to the loop's own."""
         cache, inputs = compat.split_cache(inputs)
-        keeps = compat.is_handed_in(cache) or (is_static(cache) and generation_config.return_dict_in_generate)
-        prompt = Prompt(
-            input_ids,
-            **{name: inputs.get(name) for name in ("attention_mask", "position_ids", "inputs_embeds")},
-            cache=cache if keeps else None,
-            chunk_size=generation_config.prefill_chunk_size,
-        )
-        past, width = length_of(prompt.cache), compat.mask_length(prompt.attention_mask, generation_config, 0)
-        if prompt.inputs_embeds is None and width == past + prompt.length:
-            prompt = replace(prompt, left_out=past)
+        drafter, policy = _deciders(assistant, self, checked, generation_config)
+        seen = prompt_inputs_of(self)
+        prompt = _prompt(input_ids, cache, inputs, generation_config, seen)
         num_layers = self.config.get_text_config(decoder=True).num_hidden_layers
-        check_inputs(prompt, inputs, generation_config, num_layers, synced_gpus=synced_gpus, streamer=streamer)
+        more = {"synced_gpus": synced_gpus, "streamer": streamer, "prompt_inputs": seen}
+        check_inputs(prompt, inputs, generation_config, num_layers, **more)
         decoder = Decoder(
             self,
             assistant.config.target_layer_ids,
-            assistant.new_drafter(self, checked),
-            assistant.new_policy(checked),
+            drafter,
+            policy,
             assistant.contemplator(self) if checked.contemplate else None,
             logits_processor,
             stopping_criteria,
@@ -119,6 +125,34 @@ class ConFuGenerationMixin(compat.GenerateSteps):
         if constructor is copyreg.__newobj__:
             constructor, arguments = _new_routed, (type(self)._target_class, *arguments[1:])
         return (constructor, arguments, *rest)
+
+
+def _prompt(
+    input_ids: Tensor, cache: Any, inputs: dict[str, Any], generation_config: GenerationConfig, seen: Set[str]
+) -> Prompt:
+    """What a call starts from. `seen`: the inputs that go with the prompt alone."""
+    keeps = compat.is_handed_in(cache) or (is_static(cache) and generation_config.return_dict_in_generate)
+    prompt = Prompt(
+        input_ids,
+        **{name: inputs.get(name) for name in ("attention_mask", "position_ids", "inputs_embeds")},
+        cache=cache if keeps else None,
+        chunk_size=generation_config.prefill_chunk_size,
+        prompt_inputs={name: inputs[name] for name in sorted(seen) if inputs.get(name) is not None},
+    )
+    past, width = length_of(prompt.cache), compat.mask_length(prompt.attention_mask, generation_config, 0)
+    left_out = prompt.inputs_embeds is None and width == past + prompt.length
+    return replace(prompt, left_out=past) if left_out else prompt
+
+
+def _deciders(
+    assistant: Any, target: PreTrainedModel, options: TreeOptions, generation_config: GenerationConfig
+) -> tuple[Drafter, Policy]:
+    """Who drafts in a call, and who decides what a round may spend."""
+    if not (options.draft_sampling and generation_config.do_sample):
+        return assistant.new_drafter(target, options), assistant.new_policy(options)
+    options = replace(options, lookup=False, policy="fixed")
+    drafter = DrawingDrafter(assistant.new_drafter(target, options), generation_config.temperature or 1.0)
+    return drafter, assistant.new_policy(options)
 
 
 @functools.cache

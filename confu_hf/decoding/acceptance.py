@@ -2,7 +2,7 @@
 
 The walk asks at every node for ONE token, with the call, the float type and the random stream of plain `generate`,
 and follows it if it is a child of the node. So the text, greedy or sampled, is that of plain decoding, whatever was
-drafted.
+drafted. Trees whose children were drawn go by another rule for the same distribution: rejection.py.
 
 It gets logits that are already computed; the forward pass is target/passes.py's, the cache's rows target/cache.py's.
 """
@@ -19,6 +19,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from .. import host
 from ..errors import refusal
 from ..tree.draft_tree import DraftTree
+from ..tree.drawing import DrawnTree
+from .rejection import RejectionSampler
 from .rules import ROW_CRITERIA
 
 
@@ -73,6 +75,10 @@ class Sampler:
     """Draws the next token exactly as `GenerationMixin._sample` does, random stream included."""
 
     do_sample: bool
+
+    def at(self, node: int) -> Sampler:
+        """The next call is about this node: here all are alike."""
+        return self
 
     def __call__(self, scores: Tensor) -> Tensor:
         """(B,) long, one token for each row of processed scores (B, V) float32."""
@@ -139,9 +145,13 @@ def accept(
         elif choices is not None:
             walks.append(walk_greedily(children, choices[row], ids, stopping_criteria))
         else:
-            rules = (processors[row], Sampler(do_sample), stopping_criteria, record, past_scores)
+            rules = (processors[row], _sampler(tree, row, do_sample), stopping_criteria, record, past_scores)
             walks.append(walk_stepwise(children, logits[row : row + 1], ids, *rules))
     return _gather(walks, marks, tree.tokens.device)
+
+
+def _sampler(tree: DraftTree, row: int, do_sample: bool) -> Sampler | RejectionSampler:
+    return RejectionSampler(tree, row) if do_sample and isinstance(tree, DrawnTree) else Sampler(do_sample)
 
 
 def _read(
@@ -191,7 +201,7 @@ def walk_stepwise(
     logits: Tensor,
     input_ids: Tensor,
     processors: LogitsProcessorList,
-    sampler: Sampler,
+    sampler: Sampler | RejectionSampler,
     stopping_criteria: StoppingCriteriaList,
     record: bool = False,
     past_scores: tuple[Tensor, ...] | None = (),
@@ -214,7 +224,7 @@ def walk_stepwise(
         if record:
             scores += (node_scores,)
             raw_logits += (node_logits,)
-        ids[:, end - 1] = sampler(node_scores)
+        ids[:, end - 1] = sampler.at(node)(node_scores)
         seen_scores = past_scores + scores if record and past_scores is not None else None
         finished = bool(stopping_criteria(ids[:, :end], seen_scores).all())
         tokens.append(ids[0, end - 1].item())

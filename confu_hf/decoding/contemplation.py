@@ -16,7 +16,7 @@ from ..adapter.layer import ConFuLayer
 from ..host import send
 from ..target.context import ContemplateContext
 from ..target.passes import Verified, contemplate_anchors
-from ..target.soft_prompts import soft_prompt_key_values
+from ..target.soft_prompts import SoftPrompts, soft_prompt_key_values
 from ..tree.draft_tree import DraftTree
 from ..tree.ends import likeliest_ends, nearest_contemplated
 from .acceptance import Acceptance
@@ -37,8 +37,8 @@ class Contemplator:
         """Within it, a pass gives its last `count` rows (None = all) what contemplate tokens add to projections."""
         return nullcontext() if self.low_rank is None or count == 0 else self.low_rank.acting(count)
 
-    def soft_prompts(self) -> Tensor:
-        """`(L, 2, S, kv_heads, head_dim)`, keys and values that contemplate tokens see in front of everything."""
+    def soft_prompts(self) -> SoftPrompts:
+        """Keys and values that contemplate tokens see in front of everything."""
         weight = self.layer.prompt_weight(self.adapter_name)
         kind = self.layer.configs[self.adapter_name].soft_prompt_type
         return weight if kind == "kv" else soft_prompt_key_values(self.target, weight)

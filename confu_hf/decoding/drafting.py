@@ -151,6 +151,14 @@ class NetworkDrafter(Drafter):
     @torch.no_grad()
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
         """[`tree.growing.DraftStep`]: children of `tokens` `(B, W)`, the rows of the next layer."""
+        top_k = min(top_k, self.draft.config.draft_vocab_size)
+        logits = self.distribution(tokens, parents).float()
+        best, children = logits.topk(top_k, dim=-1)
+        return self.token_ids[children], best - logits.logsumexp(-1, keepdim=True)
+
+    @torch.no_grad()
+    def distribution(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
+        """[`tree.drawing.DistributionStep`]: `(B, W, draft_vocab_size)` logits behind `tokens` `(B, W)`."""
         skip = None
         if parents is None:
             skip = self._start()
@@ -163,10 +171,7 @@ class NetworkDrafter(Drafter):
             self.hidden_states = self.hidden_states.gather(1, index.expand(-1, -1, self.hidden_states.shape[-1]))
             self.position_ids = self.position_ids + 1
         self._run_layer(tokens, skip)
-        top_k = min(top_k, self.draft.config.draft_vocab_size)
-        logits = self.draft.logits(self.hidden_states).float()
-        best, children = logits.topk(top_k, dim=-1)
-        return self.token_ids[children], best - logits.logsumexp(-1, keepdim=True)
+        return self.draft.logits(self.hidden_states)
 
     def _start(self) -> Tensor | None:
         """Read the waiting rows, get the start row ready; returns what the future token adds to its residual stream."""

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from .. import host
 from ..acceleration.decoding import accelerated
 from ..acceleration.products import Products
-from ..compat import decoder_only_output, pad_token
+from ..compat import decoder_only_output, pad_token, working_device
 from ..target.cache import TreeCache
 from ..target.exchange import export_cache, import_cache, length_of
 from ..target.passes import Asked, Verified, prefill, verify
@@ -73,7 +73,7 @@ class Decoder:
         self.outputs = Outputs(generation_config, windows)
         self.batch: Batch | None = None
         self.without_ids = 0  # tokens of the prompt that have no id
-        self.tally, self.stopwatch = Tally(), Stopwatch(target.device)
+        self.tally, self.stopwatch = Tally(), Stopwatch(working_device(target))
         self.cache: TreeCache | None = None
 
     def start(self, prompt: Prompt) -> tuple[DecodingState, Acceptance]:
@@ -85,14 +85,13 @@ class Decoder:
         self.returns_cache |= prompt.cache is not None
         self.cache = self._open_cache(prompt)
         past = self.cache.get_seq_length()
-        arguments = prompt.behind(past)
         prefilled = prefill(
             self.target,
             cache=self.cache,
             layer_ids=self.layer_ids,
             chunk_size=prompt.chunk_size,
             asked=self.outputs.asked,
-            **arguments,
+            **prompt.behind(past),
         )
         self.cache.set_mask(mask)
         self.outputs.open(batch_size, prefilled.states)
@@ -110,7 +109,7 @@ class Decoder:
         )
         position_ids = self.cache.slot_position_ids[:, past:].clone()
         position_ids[:, -1:] = places - 1  # the draft starts there, even from a masked token
-        rows = Rows(acceptance.tokens, prefilled.features, position_ids, is_whole=arguments["attention_mask"] is None)
+        rows = Rows(acceptance.tokens, prefilled.features, position_ids, is_whole=bool(mask.all()))
         self._observe_prompt(state, rows, prompt, past)
         return self._end_rows(state), acceptance
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache
@@ -19,11 +21,13 @@ class Prompt:
     Attributes:
         input_ids: `(B, n)` long.
         attention_mask: `(B, N)`, 0 = padding; None = there is none.
-        position_ids: `(B, N)` or `(1, N)` long, or of the part behind the cache only; None = counted by the mask.
+        position_ids: `(B, N)` or `(1, N)` long, or of the part behind the cache only; None = counted by the mask. Of a
+            target that places images in several dimensions `(channels, B, N)`, which agree on the last token.
         inputs_embeds: `(B, N, d)`; None = the ids are read.
         cache: holds a prefix of what is read; it is extended in place. None = the call makes its own.
         left_out: tokens of the cache that the ids do not repeat: all of them, or 0.
         chunk_size: tokens of one pass of prefill; None = all.
+        prompt_inputs: what else the target reads with the prompt alone, such as `pixel_values`.
     """
 
     input_ids: Tensor
@@ -33,6 +37,7 @@ class Prompt:
     cache: Cache | None = None
     left_out: int = 0
     chunk_size: int | None = None
+    prompt_inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -54,15 +59,16 @@ class Prompt:
         ids = self.input_ids
         return ids.new_ones(len(ids), self.length) if self.attention_mask is None else self.attention_mask
 
-    def behind(self, past: int) -> dict[str, Tensor | None]:
+    def behind(self, past: int) -> dict[str, Any]:
         """The arguments of prefill for what a cache of `past` tokens does not hold."""
         mask, embeds = self.mask(), self.inputs_embeds
         return {
             "input_ids": None if embeds is not None else self.input_ids[:, past - self.left_out :],
             "inputs_embeds": None if embeds is None else embeds[:, past:],
-            "position_ids": None if self.position_ids is None else self.position_ids[:, past - self.length :],
+            "position_ids": None if self.position_ids is None else self.position_ids[..., past - self.length :],
             # Without padding the model's fastest causal path needs no mask.
-            "attention_mask": None if bool(mask.all()) else mask,
+            "attention_mask": None if bool(mask.all()) and not self.prompt_inputs else mask,
+            "prompt_inputs": self.prompt_inputs,
         }
 
     def roots(self) -> Tensor:

@@ -7,6 +7,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
+from .. import compat
 from ..acceleration.cost_files import CostKey
 from ..target.cache import TreeCache
 from ..target.passes import verify
@@ -42,7 +43,7 @@ class Bench:
 
         On a CPU those that this process was given, shared among its threads: other processes do not bend the curve.
         """
-        device = self.target.device
+        device = compat.working_device(self.target)
         layers = self.target.config.get_text_config(decoder=True).num_hidden_layers
         cache, stopwatch = TreeCache(layers, capacity=rows), Stopwatch(device)
         root = torch.zeros(1, dtype=torch.long, device=device)

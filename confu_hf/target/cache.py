@@ -32,14 +32,14 @@ GROWTH_SLOTS, GROWTH_SHARE = 1024, 1 / 16
 class TreeLayer(CacheLayerMixin):
     """Keys and values of one layer, `(B, kv_heads, S + capacity + 1, head_dim)` each; the last slot is the spare one.
 
-    `soft_prompt` is `(2, S, kv_heads, head_dim)`, shared by the batch, or `(2, B, S, kv_heads, head_dim)`; index 0 is
-    the key. `lengths` holds the number of committed slots of every batch row.
+    Where a target caches latents, `head_dim` of keys and of values differ. `soft_prompt` is a key and a value,
+    `(S, kv_heads, head_dim)`, shared by the batch, or `(B, S, kv_heads, head_dim)`. `lengths` holds the number of committed slots of every batch row.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, soft_prompt: Tensor | None = None, capacity: int = 256) -> None:
+    def __init__(self, soft_prompt: Sequence[Tensor] | None = None, capacity: int = 256) -> None:
         # Not super().__init__(): it sets `keys` and `values`, which are views of the buffers here.
         self.is_initialized = False
         self.initial_capacity = capacity
@@ -49,7 +49,7 @@ class TreeLayer(CacheLayerMixin):
 
     @property
     def soft_prompt_length(self) -> int:
-        return 0 if self.soft_prompt is None else self.soft_prompt.shape[-3]
+        return 0 if self.soft_prompt is None else self.soft_prompt[0].shape[-3]
 
     @property
     def capacity(self) -> int:
@@ -119,8 +119,8 @@ class TreeLayer(CacheLayerMixin):
                 )
             front.copy_(prompt)
 
-    def set_soft_prompt(self, soft_prompt: Tensor | None) -> None:
-        length = 0 if soft_prompt is None else soft_prompt.shape[-3]
+    def set_soft_prompt(self, soft_prompt: Sequence[Tensor] | None) -> None:
+        length = 0 if soft_prompt is None else soft_prompt[0].shape[-3]
         if self.is_initialized and length != self.soft_prompt_length:
             raise refusal(
                 "TreeCache",
@@ -214,14 +214,14 @@ class TreeLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._buffers = [buffer.repeat_interleave(repeats, dim=0) for buffer in self._buffers]
         self.lengths = [length for length in self.lengths for _ in range(repeats)]
-        if self.soft_prompt is not None and self.soft_prompt.ndim == 5:
-            self.soft_prompt = self.soft_prompt.repeat_interleave(repeats, dim=1)
+        if self.soft_prompt is not None and self.soft_prompt[0].ndim == 4:
+            self.soft_prompt = [part.repeat_interleave(repeats, dim=0) for part in self.soft_prompt]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._buffers = [buffer[indices.to(buffer.device)] for buffer in self._buffers]
         self.lengths = [self.lengths[index] for index in indices.tolist()] if self.lengths else []
-        if self.soft_prompt is not None and self.soft_prompt.ndim == 5:
-            self.soft_prompt = self.soft_prompt[:, indices.to(self.soft_prompt.device)]
+        if self.soft_prompt is not None and self.soft_prompt[0].ndim == 4:
+            self.soft_prompt = [part[indices.to(part.device)] for part in self.soft_prompt]
 
     def offload(self) -> None:
         raise NotImplementedError("TreeCache does not offload its layers; use it without offloading.")
@@ -245,12 +245,13 @@ class TreeCache(Cache):
     Args:
         num_layers: layers of the model.
         soft_prompts: `(L, 2, S, kv_heads, head_dim)`, or `(L, 2, B, S, kv_heads, head_dim)` for one per batch row, or
-            a sequence of `L` such tensors without the first dimension. Index 0 of the second dimension is the key.
+            a sequence of `L` such tensors without the first dimension, or pairs. Index 0 of the second dimension is the
+            key.
         capacity: slots to begin with.
     """
 
     def __init__(
-        self, num_layers: int, soft_prompts: Tensor | Sequence[Tensor] | None = None, capacity: int = 256
+        self, num_layers: int, soft_prompts: Tensor | Sequence[Sequence[Tensor]] | None = None, capacity: int = 256
     ) -> None:
         if capacity < 1:
             raise refusal("TreeCache", got=f"capacity={capacity}", expected="1 or more", fix="Use 256 if unsure.")
@@ -271,18 +272,19 @@ class TreeCache(Cache):
         """Committed slots of every batch row; empty before the first pass."""
         return next((layer.lengths for layer in self.layers if layer.is_initialized), [])
 
-    def set_soft_prompts(self, soft_prompts: Tensor | Sequence[Tensor] | None) -> None:
+    def set_soft_prompts(self, soft_prompts: Tensor | Sequence[Sequence[Tensor]] | None) -> None:
         """Replace the soft prompts (shapes as in the constructor); a filled cache keeps its number of slots."""
         per_layer = [None] * len(self.layers) if soft_prompts is None else list(soft_prompts)
         fix = "Use an adapter made for this target (config.num_hidden_layers)."
         if len(per_layer) != len(self.layers):
             raise refusal("Soft prompts", got=f"{len(per_layer)} layers", expected=len(self.layers), fix=fix)
         for prompt in per_layer:
-            if prompt is not None and (prompt.ndim not in (4, 5) or prompt.shape[0] != 2):
+            if prompt is not None and (len(prompt) != 2 or any(part.ndim not in (3, 4) for part in prompt)):
+                got = f"{len(prompt)} of shape {tuple(prompt[0].shape)}"
                 expected = "(2, S, kv_heads, head_dim) or (2, B, S, kv_heads, head_dim)"
-                raise refusal("A layer's soft prompt", got=f"shape {tuple(prompt.shape)}", expected=expected, fix=fix)
+                raise refusal("A layer's soft prompt", got=got, expected=expected, fix=fix)
         for layer, prompt in zip(self.layers, per_layer, strict=True):
-            layer.set_soft_prompt(None if prompt is None else prompt.detach())
+            layer.set_soft_prompt(None if prompt is None else [part.detach() for part in prompt])
 
     def reserve(self, slots: int) -> None:
         """Make room for `slots` slots in every layer, at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +11,16 @@ from transformers import Cache
 
 from ..compat import CacheLayerMixin
 from ..errors import refusal
+from .soft_prompts import SoftPrompts
 
 
 class _ContextLayer(CacheLayerMixin):
-    """Keys and values `(B, kv_heads, C, head_dim)` and soft prompt `(2, S, kv_heads, head_dim)` of one layer."""
+    """Keys and values `(B, kv_heads, C, head_dim)` of one layer, and its soft prompt: a key and a value
+    `(S, kv_heads, head_dim)`."""
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, soft_prompt: Tensor | None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, soft_prompt: Sequence[Tensor] | None) -> None:
         self.keys, self.values, self.soft_prompt = keys.detach(), values.detach(), soft_prompt
         self.is_initialized = True
 
@@ -50,15 +53,15 @@ class ContemplateContext(Cache):
 
     Args:
         context: DynamicCache() (without config) or TreeCache of that pass; every layer must hold all its tokens.
-        soft_prompts: `(L, 2, S, kv_heads, head_dim)` with or without gradient, or None.
+        soft_prompts: [`SoftPrompts`] with or without gradient, or None.
     """
 
-    def __init__(self, context: Cache, soft_prompts: Tensor | None = None) -> None:
+    def __init__(self, context: Cache, soft_prompts: SoftPrompts | None = None) -> None:
         num_layers = len(context.layers)
-        if soft_prompts is not None and soft_prompts.shape[0] != num_layers:
+        if soft_prompts is not None and len(soft_prompts) != num_layers:
             raise refusal(
                 "Soft prompts",
-                got=f"{soft_prompts.shape[0]} layers",
+                got=f"{len(soft_prompts)} layers",
                 expected=num_layers,
                 fix="Use an adapter made for this target (config.num_hidden_layers).",
             )
@@ -74,7 +77,7 @@ class ContemplateContext(Cache):
                 )
             layers.append(_ContextLayer(layer.keys, layer.values, None if soft_prompts is None else soft_prompts[i]))
         super().__init__(layers=layers)
-        self.soft_prompt_length = 0 if soft_prompts is None else soft_prompts.shape[2]
+        self.soft_prompt_length = 0 if soft_prompts is None else soft_prompts[0][0].shape[0]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def windows_of(cache: Cache | None, num_layers: int) -> tuple[int | None, ...]:
 def import_cache(
     cache: Cache,
     num_layers: int,
-    soft_prompts: Tensor | Sequence[Tensor] | None = None,
+    soft_prompts: Tensor | Sequence[Sequence[Tensor]] | None = None,
     capacity: int = 256,
 ) -> TreeCache:
     """Copy a cache. Rows dropped by sliding layers become zeros, out of every later window."""

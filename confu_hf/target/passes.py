@@ -9,7 +9,7 @@ Features are the hidden states ENTERING the layers `layer_ids` (`hidden_states[i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,7 @@ def prefill(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     chunk_size: int | None = None,
+    prompt_inputs: Mapping[str, Any] | None = None,
     asked: Asked = Asked(),
 ) -> Prefilled:
     """The model's own causal forward pass over `input_ids` `(B, N)`, behind what `cache` already holds.
@@ -104,8 +105,10 @@ def prefill(
     Args:
         inputs_embeds: `(B, N, d)`, in place of the ids.
         attention_mask: `(B, C + N)`, 0 for padding; positions are then counted without it, as `generate()` does.
-        position_ids: `(B, N)` or `(1, N)`, overrides that.
-        chunk_size: tokens of one pass; None = all of them.
+        position_ids: `(B, N)` or `(1, N)`, or `(channels, B, N)` of a target that places images in several dimensions;
+            overrides that.
+        chunk_size: tokens of one pass; None = all of them, as `prompt_inputs` need.
+        prompt_inputs: what else the model reads with the prompt, such as `pixel_values`.
     """
     prompt = input_ids if inputs_embeds is None else inputs_embeds
     name = "input_ids" if inputs_embeds is None else "inputs_embeds"
@@ -119,19 +122,25 @@ def prefill(
     features, size = [], length if chunk_size is None else chunk_size
     for start in range(0, length, size):
         stop = min(length, start + size)
-        output = model(
-            **{name: prompt[:, start:stop]},
-            attention_mask=None if attention_mask is None else attention_mask[:, : past + stop],
-            position_ids=position_ids[:, start:stop],
+        inputs = {
+            name: prompt[:, start:stop],
+            "attention_mask": None if attention_mask is None else attention_mask[:, : past + stop],
+            "position_ids": position_ids[..., start:stop],
             **compat.cache_keyword(model, cache),
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-            **_request(layer_ids, asked),
-        )
+            "use_cache": True,
+        }
+        if prompt_inputs:
+            inputs = compat.prompt_pass_inputs(model, {**inputs, **prompt_inputs})
+        output = model(**inputs, logits_to_keep=1, return_dict=True, **_request(layer_ids, asked))
         features.append(_features(output, layer_ids, asked))
     features = features[0] if len(features) == 1 else torch.cat(features, dim=1)
-    return Prefilled(output.logits[:, -1], features, position_ids[:, -1:] + 1, _states(output, asked))
+    last = last_position(inputs["position_ids"])
+    return Prefilled(output.logits[:, -1], features, last + 1, _states(output, asked))
+
+
+def last_position(position_ids: Tensor) -> Tensor:
+    """`(B, 1)` of the last token. `position_ids`: `(B, N)`, or `(channels, B, N)`, which agree on the last token."""
+    return position_ids[..., -1:] if position_ids.ndim == 2 else position_ids[-1, :, -1:]
 
 
 @torch.no_grad()

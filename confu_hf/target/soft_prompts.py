@@ -9,12 +9,16 @@ from transformers import DynamicCache, PreTrainedModel
 from .. import compat
 from ..errors import refusal
 
+# `(L, 2, S, kv_heads, head_dim)`, index 0 the key; or of each layer a pair, where keys and values differ in width.
+SoftPrompts = Tensor | list[tuple[Tensor, Tensor]]
 
-def soft_prompt_key_values(model: PreTrainedModel, embeddings: Tensor) -> Tensor:
+
+def soft_prompt_key_values(model: PreTrainedModel, embeddings: Tensor) -> SoftPrompts:
     """Run `(S, d)` virtual tokens once through the target, as its first tokens at positions `0 .. S-1`.
 
     Returns:
-        `(L, 2, S, kv_heads, head_dim)`, the keys and values they leave in the cache, differentiable in `embeddings`.
+        `(L, 2, S, kv_heads, head_dim)`, the keys and values they leave in the cache, differentiable in `embeddings`. Where
+        these differ in width (latent attention), a list of `L` pairs `(S, kv_heads, width)`.
     """
     check_no_checkpointing(model)
     cache = DynamicCache()  # without a config: windows are left to the mask, and no layer drops rows
@@ -22,8 +26,13 @@ def soft_prompt_key_values(model: PreTrainedModel, embeddings: Tensor) -> Tensor
     decoder = model.get_decoder()
     embeds = embeddings[None].to(parameter)
     decoder(inputs_embeds=embeds, use_cache=True, **compat.cache_keyword(decoder, cache))
-    per_layer = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # (2, kv_heads, S, head_dim)
-    return torch.stack([states.to(embeddings.device) for states in per_layer]).transpose(2, 3)
+    place = embeddings.device
+    pairs = [
+        (layer.keys[0].transpose(0, 1).to(place), layer.values[0].transpose(0, 1).to(place)) for layer in cache.layers
+    ]  # (S, kv_heads, width) each
+    if any(key.shape != value.shape for key, value in pairs):
+        return pairs
+    return torch.stack([torch.stack(pair) for pair in pairs])
 
 
 def check_no_checkpointing(model: PreTrainedModel) -> None:

@@ -67,10 +67,16 @@ def _check_attention(name: str, config: PreTrainedConfig) -> None:
         ),
         (getattr(config, "alibi", False), "ALiBi, which takes positions from slots", "positions of tokens", rotary),
         (
-            getattr(config, "kv_lora_rank", None),
-            "multi-head latent attention, whose keys and values differ in size",
-            "multi-head or grouped-query attention",
-            "Use a target with one of these; the other is not supported yet.",
+            getattr(config, "hidden_size_per_layer_input", 0),
+            "embeddings of tokens for every layer, which are looked up by ids",
+            "a model that can be given embeddings alone, as contemplate tokens are",
+            "Use another target; this one is not supported yet.",
+        ),
+        (
+            getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False),
+            "layers that attend to an image or an encoder",
+            "one that reads everything as tokens",
+            "Use another target; this one is not supported yet.",
         ),
         (
             getattr(config, "num_kv_shared_layers", 0) or getattr(config, "is_heterogeneous", False),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..modeling_confu import ConFuDraftModel
 from ..target.context import ContemplateContext
 from ..target.passes import contemplate_anchors
-from ..target.soft_prompts import soft_prompt_key_values
+from ..target.soft_prompts import SoftPrompts, soft_prompt_key_values
 from ..target.weights import head_rows
 from .health import router_use
 from .losses import linear_kl
@@ -96,8 +96,8 @@ def row_futures(
     return RowFutures(embeds, states, present, anchors, last, routers)
 
 
-def soft_prompts(target: PreTrainedModel) -> Tensor:
-    """`(L, 2, S, kv_heads, head_dim)` of the adapter in use, differentiable."""
+def soft_prompts(target: PreTrainedModel) -> SoftPrompts:
+    """Those of the adapter in use, differentiable."""
     weight = target.confu.prompt_weight()
     return weight if target.confu.soft_prompt_type == "kv" else soft_prompt_key_values(target, weight)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..adapter.config import ConFuAdapterConfig
-from ..configuration_confu import ConFuConfig
+from ..configuration_confu import ConFuConfig, TargetGeometry
 from ..errors import refusal
 from ..hub.fingerprint import remember_target
 from ..hub.pair import read_pair
@@ -65,7 +65,9 @@ class AdapterShape:
     num_virtual_tokens: int = 16
     num_experts: int = 8
     num_experts_per_token: int = 2
-    soft_prompt_type: str = field(default="kv", metadata={"choices": ["kv", "embedding"]})
+    soft_prompt_type: str | None = field(
+        default=None, metadata={"choices": ["kv", "embedding"], "help": "default kv, if the target can have them"}
+    )
     lora_rank: int = field(default=0, metadata={"help": "low-rank products for contemplate tokens alone; 0 = none"})
     lora_alpha: float | None = field(default=None, metadata={"help": "scaled by alpha / rank; default by 16"})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "default all projections"})
@@ -244,6 +246,13 @@ def open_store(
         ValueError: it would become larger.
     """
     sequences = sorted((row["index"], row["input_ids"]) for part in parts for row in part)
+    if store_caches and TargetGeometry.of(target.config).caches_latents:
+        raise refusal(
+            "store_caches",
+            got="a target that caches latents, keys and values of different width",
+            expected="one with multi-head or grouped-query attention",
+            fix="Leave it out: the target then runs for its keys and values.",
+        )
     shape = attention_geometry(target.config) if store_caches else None
     positions = sum(len(input_ids) for _, input_ids in sequences)
     size = store_bytes(positions, draft.config.target_hidden_size, draft.config.num_features, shape) / 1e9
