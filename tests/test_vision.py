@@ -75,7 +75,7 @@ def test_a_prompt_that_ends_with_an_image_in_several_dimensions_is_refused():
         model.generate(**cut, position_ids=positions, assistant_model=make_assistant(model), **ARGUMENTS)
 
 
-def test_inputs_of_other_senses_are_refused():
+def test_other_inputs_are_refused():
     model, prompts = VISION["LLaVA"].model(), first_row(VISION["LLaVA"].prompts())
-    with pytest.raises(ValueError, match=r"got model inputs \['vision_feature_layer'\], expected none but"):
-        model.generate(**prompts, vision_feature_layer=-1, assistant_model=make_assistant(model), **ARGUMENTS)
+    with pytest.raises(ValueError, match=r"got model inputs \['labels'\], expected none but"):
+        model.generate(**prompts, labels=prompts["input_ids"], assistant_model=make_assistant(model), **ARGUMENTS)
