@@ -75,11 +75,10 @@ def test_a_prompt_that_ends_with_an_image_in_several_dimensions_is_refused():
         model.generate(**cut, position_ids=positions, assistant_model=make_assistant(model), **ARGUMENTS)
 
 
-def test_inputs_of_other_senses_are_refused():
-    model, prompts = VISION["SmolVLM"].model(), first_row(VISION["SmolVLM"].prompts())
-    states = torch.zeros(1, 4, model.config.text_config.hidden_size)
-    with pytest.raises(ValueError, match=r"got model inputs \['image_hidden_states'\], expected none but"):
-        model.generate(**prompts, image_hidden_states=states, assistant_model=make_assistant(model), **ARGUMENTS)
+def test_other_inputs_are_refused():
+    model, prompts = VISION["LLaVA"].model(), first_row(VISION["LLaVA"].prompts())
+    with pytest.raises(ValueError, match=r"got model inputs \['labels'\], expected none but"):
+        model.generate(**prompts, labels=prompts["input_ids"], assistant_model=make_assistant(model), **ARGUMENTS)
 
 
 def test_images_are_not_read_in_chunks():
