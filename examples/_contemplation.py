@@ -73,7 +73,7 @@ class TracedConFu(WatchedConFu):
     def before_round(self, state: DecodingState) -> None:
         network = self.network_drafter
         committed = network.cache.lengths[0] if network.cache.lengths else 0
-        self.moments.append(Moment(state.lengths[0], network.waiting, committed))
+        self.moments.append(Moment(state.lengths[0], Rows.joined(network.waiting), committed))
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def second_opinions(assistant: TracedConFu, sequence: Tensor) -> list[Opinions |
         for waiting in (moment.waiting, masked):
             if network.cache.lengths:
                 network.cache.commit([moment.committed - network.cache.lengths[0]])
-            network.waiting = waiting
+            network.waiting = [waiting]
             guesses.append(_guess(network, known, assistant.generation_config))
         found.append(Opinions(*guesses))
     return found[::-1]

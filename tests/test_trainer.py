@@ -141,13 +141,15 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("stored", [True, False])
 def test_batches_are_of_one_length(tmp_path, stored):
-    """Of one answer length where a store spares the target its pass, else of one total length."""
+    """Of one answer length where a store spares the target its pass, which it does from the second epoch on, else of one
+    total length."""
     trainer = make_trainer(tmp_path, False, per_device_train_batch_size=2)
     trainer.model.teacher.store = object() if stored else None
     # Long prompts with short answers, short prompts with long ones: each length mixes what the other one keeps apart.
     trainer.train_dataset = conversations(*[(20, 24), (3, 25), (21, 26), (4, 27)] * 4)
     lengths = [length - prompt if stored else length for prompt, length in [(20, 24), (3, 25), (21, 26), (4, 27)] * 4]
     sampler = trainer._get_train_sampler()
+    sampler.set_epoch(1)
     assert sampler.sampler.lengths == lengths and sampler.sampler.batch_size == 2
     batches = [[lengths[row] for row in pair] for pair in zip(*[iter(sampler)] * 2, strict=True)]
     # All but the one that the longest answer was swapped into, to come first, and the one that it came from.
