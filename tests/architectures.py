@@ -116,6 +116,22 @@ ARCHITECTURES = [
         refusal="layers with recurrent or unsupported state \\(indexed_attention\\)",
     ),
     Architecture(
+        "LongCat-Flash",
+        "longcat_flash",
+        "two latent attentions a layer, experts",
+        {
+            **_MLA,
+            "num_layers": 2,
+            "ffn_hidden_size": 32,
+            "expert_ffn_hidden_size": 16,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+        },
+        ("head_dim",),
+        refusal="two attentions in every layer",
+    ),
+    Architecture(
         "Gemma 3n (text)",
         "gemma3n_text",
         "embeddings for every layer",

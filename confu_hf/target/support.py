@@ -79,6 +79,12 @@ def _check_attention(name: str, config: PreTrainedConfig) -> None:
             "Use another target; this one is not supported yet.",
         ),
         (
+            config.model_type == "longcat_flash",
+            "two attentions in every layer",
+            "one, as the cache and the layers that are read are counted",
+            "Use another target; this one is not supported yet.",
+        ),
+        (
             getattr(config, "num_kv_shared_layers", 0) or getattr(config, "is_heterogeneous", False),
             "layers that share keys and values or differ in geometry",
             "layers that all have a cache of the same shape",
