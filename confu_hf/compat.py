@@ -129,7 +129,8 @@ def _lists_entering_states() -> bool:
 
 
 def layer_states_request(layer_ids: Sequence[int]) -> list[int] | bool:
-    """What `output_hidden_states` must be so that [`layer_states`] finds the states entering layers `layer_ids`."""
+    """What `output_hidden_states` must be so that [`layer_states`] finds the states entering layers `layer_ids`; the number
+    of layers asks for what leaves the last one, behind the last norm."""
     if _lists_entering_states():
         return list(layer_ids)
     return [layer_id - 1 for layer_id in layer_ids] if min(layer_ids) > 0 else True

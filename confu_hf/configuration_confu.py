@@ -102,6 +102,8 @@ class ConFuConfig(PreTrainedConfig):
         draft_vocab_size: rows of the draft's LM head; `d2t`/`t2d` map between draft and target ids.
         contemplate: whether the draft has the future-token modules and comes with an adapter.
         num_future_experts, num_future_experts_per_token: the mixture `MoE_f` of the future token.
+        future_word: what the contemplate token itself would say next joins the logits of the first drafted row. The future
+            then carries the token's last hidden state, too.
         initializer_range: standard deviation of the initial weights.
         base_model_name_or_path: name of the target that the draft was made for, where known.
         target_fingerprint, tokenizer_fingerprint: of that target's weights and of its vocabulary (`hub/fingerprint.py`).
@@ -135,6 +137,7 @@ class ConFuConfig(PreTrainedConfig):
     contemplate: bool = True
     num_future_experts: int = 8
     num_future_experts_per_token: int = 2
+    future_word: bool = False
     initializer_range: float = 0.02
     base_model_name_or_path: str | None = None
     target_fingerprint: str | None = None
@@ -167,6 +170,11 @@ class ConFuConfig(PreTrainedConfig):
     def num_features(self) -> int:
         """Hidden states of the target that make one feature vector."""
         return len(self.target_layer_ids)
+
+    @property
+    def future_layer_ids(self) -> list[int]:
+        """The hidden states of a contemplate token that make a future: the features, and with `future_word` the last."""
+        return self.target_layer_ids + [self.target_num_hidden_layers] * self.future_word
 
     def _set_rope(self, rope_scaling: dict | None) -> None:
         """Bring `rope_theta`, `rope_parameters` and the older `rope_scaling` to one form, and check it."""

@@ -133,7 +133,7 @@ class DraftLayer(nn.Module):
 
 
 class ClosedLinear(nn.Linear):
-    """Starts as zero: a fresh future token changes the residual stream of no draft; training opens this path."""
+    """Starts as zero: a fresh future token changes neither residual stream nor logits; training opens these paths."""
 
 
 class ConFuDraftModel(PreTrainedModel):
@@ -170,6 +170,8 @@ class ConFuDraftModel(PreTrainedModel):
                 width, width, config.num_future_experts, config.num_future_experts_per_token
             )
             self.future_skip = ClosedLinear(width, width, bias=False)
+            if config.future_word:
+                self.future_word = ClosedLinear(config.target_hidden_size, width, bias=False)
         # Caches outlive calls: by this a draft knows its own again, and so does its copy.
         self.instance_key = uuid.uuid4().hex
         self._frequencies: dict[torch.device, tuple[torch.Tensor, float]] = {}
@@ -229,8 +231,16 @@ class ConFuDraftModel(PreTrainedModel):
         return self.fc(self._normed(features))
 
     def fuse_future(self, futures: torch.Tensor) -> torch.Tensor:
-        """`futures`, features of contemplate tokens `(..., 3 d)`, -> `W_f f` `(..., d)`; normed as all features are."""
-        return self.future_fc(self._normed(futures))
+        """`futures`, of which the features of contemplate tokens `(..., 3 d)`, -> `W_f f` `(..., d)`; normed as all
+        features are."""
+        return self.future_fc(self._normed(futures[..., : self.fc.in_features]))
+
+    def word(self, futures: torch.Tensor) -> torch.Tensor | None:
+        """What contemplate tokens say next, as [`logits`] reads it: `(..., d)`; None without `config.future_word`.
+
+        `futures` `(..., 4 d)`, the last `d` of them the state that the target's head would read, zeros for none.
+        """
+        return self.future_word(futures[..., self.fc.in_features :]) if self.config.future_word else None
 
     def _normed(self, features: torch.Tensor) -> torch.Tensor:
         if self.config.norm_before_fc:
@@ -281,7 +291,7 @@ class ConFuDraftModel(PreTrainedModel):
 
         Args:
             hidden_states: `(..., d)` `h_v` of the last verified row.
-            futures: `(..., 3 d)` the contemplate token's features `f_v`.
+            futures: `(..., 3 d)` the contemplate token's features `f_v` (with `config.future_word`, more behind them).
 
         Returns:
             `MoE_f(h_v)` and `W_f f_v`, each `(..., d)`: they take the places of the token embedding and of the hidden
@@ -333,6 +343,10 @@ class ConFuDraftModel(PreTrainedModel):
         """What [`forward`] returned, `hidden_states` `(..., d)`, as the LM head reads it: normed, once."""
         return hidden_states if self.config.feedback_after_norm else self.norm(hidden_states)
 
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` `(..., d)` -> `(..., draft_vocab_size)` over draft ids; map with [`draft_token_ids`]."""
-        return self.lm_head(self.head_inputs(hidden_states))
+    def logits(self, hidden_states: torch.Tensor, word: torch.Tensor | None = None) -> torch.Tensor:
+        """`hidden_states` `(..., d)` -> `(..., draft_vocab_size)` over draft ids; map with [`draft_token_ids`].
+
+        `word` `(..., d)`, from [`word`], for the row that starts a round: its logits are added.
+        """
+        states = self.head_inputs(hidden_states)
+        return self.lm_head(states if word is None else states + word)

@@ -40,6 +40,8 @@ VARIANTS = {
     "norm_before_residual": {"norm_before_residual": True, "qk_norm": True},
     "own embeddings": {"own_embeddings": True, "target_layer_ids": [1, 2, 4]},
     "gated LoRA": {"lora_rank": 2},
+    "future word": {"future_word": True},
+    "future word, after the norm": {"future_word": True, "feedback_after_norm": True, "fc_norm": True},
     "narrow, scaled": {"hidden_size": 16, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
 }
 
@@ -104,9 +106,10 @@ def decoded_round(target, draft, tokens, row: int, lag: int):
         soft_prompt_length=cache.soft_prompt_length,
     )
     embedding = target.confu.contemplate_embedding(features[:, -1]) if contemplate else None
-    contemplator = Contemplator(target, target.confu, target.confu.current) if contemplate else None
+    future_ids = draft.config.future_layer_ids
+    contemplator = Contemplator(target, target.confu, target.confu.current, future_ids) if contemplate else None
     with contemplator.acting(1) if contemplate else nullcontext():
-        verified = verify(target, layout, embedding, cache, ids)
+        verified = verify(target, layout, embedding, cache, ids, future_layer_ids=future_ids)
     drafter = NetworkDrafter(draft, draft.input_embeddings(target.get_input_embeddings()))
     everything = torch.cat([features, verified.features], dim=1)
     future = verified.futures[:, 0] if contemplate else None
@@ -114,11 +117,12 @@ def decoded_round(target, draft, tokens, row: int, lag: int):
     for part in (slice(0, known), slice(known, row + 1)):
         positions = torch.arange(row + 1)[None, part]
         drafter.observe(None, Rows(tokens[:, 1 : row + 2][:, part], everything[:, part], positions, future))
-    outputs = []
+    outputs = []  # what the head reads
+    hook = draft.lm_head.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0][0, 0]))
     for step in range(min(STEPS, tokens.shape[1] - row - 1)):
         parents = None if step == 0 else torch.zeros(1, 1, dtype=torch.long)
         drafter.step(tokens[:, row + 1 + step, None], parents, 1)
-        outputs.append(draft.head_inputs(drafter.hidden_states[0, 0]))
+    hook.remove()
     return torch.stack(outputs)
 
 
@@ -154,8 +158,8 @@ def check_every_row_and_step(target, draft, lag, monkeypatch):
 
 
 def test_a_slip_of_the_future_would_be_seen(monkeypatch):
-    """The negative control: soft prompts, the source of the contemplate token and its position all matter."""
-    target, draft = pair("llama", "kv", lora_rank=2)
+    """The negative control: soft prompts, the source of the contemplate token and its position all matter, and its word."""
+    target, draft = pair("llama", "kv", lora_rank=2, future_word=True)
     batch = ConversationCollator(0)(conversations((PROMPT, LENGTH)))
     outputs, rows = trained_outputs(target, draft, batch, lag=1, monkeypatch=monkeypatch)
     row = rows.starts[0, 3].item()
@@ -171,6 +175,10 @@ def test_a_slip_of_the_future_would_be_seen(monkeypatch):
         weights[name].copy_(-kept)
         assert differs(), name
         weights[name].copy_(kept)
+    with torch.no_grad():
+        draft.future_word.weight.neg_()
+        assert differs(), "future_word"
+        draft.future_word.weight.neg_()
     with torch.no_grad():
         other_lag = decoded_round(target, draft, batch["input_ids"], row, 2)
     assert (other_lag - outputs[:, 0, 3]).abs().max() > 1e-4

@@ -241,7 +241,7 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
     def contemplator(self, target: PreTrainedModel) -> Contemplator:
         """Contemplation with this assistant's own adapter, or with the target's active one."""
         layer = confu_layer(target)
-        return Contemplator(target, layer, self.adapter_name(target) or layer.current)
+        return Contemplator(target, layer, self.adapter_name(target) or layer.current, self.config.future_layer_ids)
 
     def replay(self, options: TreeOptions) -> TreeReplay:
         """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target.
@@ -251,9 +251,7 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
         target, options = self.target, replace(options, lookup=False)
         contemplates = self.config.contemplate and options.contemplate
         contemplator = self.contemplator(target) if contemplates else None
-        return TreeReplay(
-            lambda: self.new_drafter(target, options), contemplator, self.config.target_layer_ids, options
-        )
+        return TreeReplay(lambda: self.new_drafter(target, options), contemplator, options)
 
     def adapter_name(self, target: PreTrainedModel) -> str | None:
         """Name of this assistant's own adapter on a target; None where the target's active adapter serves."""

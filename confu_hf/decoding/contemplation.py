@@ -27,10 +27,13 @@ class Contemplator:
 
     Args:
         target: the model. layer: the adapters on it. adapter_name: which of them.
+        layer_ids: whose entering hidden states make a future: those of the features, and perhaps the last one.
     """
 
-    def __init__(self, target: PreTrainedModel, layer: ConFuLayer, adapter_name: str):
-        self.target, self.layer, self.adapter_name = target, layer, adapter_name
+    def __init__(self, target: PreTrainedModel, layer: ConFuLayer, adapter_name: str, layer_ids: Sequence[int]):
+        self.target, self.layer, self.adapter_name, self.layer_ids = target, layer, adapter_name, layer_ids
+        config = layer.configs[adapter_name]
+        self.num_features = len(config.target_layer_ids) * config.target_hidden_size
         self.low_rank = layer.low_rank(target, adapter_name)
 
     def acting(self, count: int | None = None) -> AbstractContextManager:
@@ -51,7 +54,7 @@ class Contemplator:
         """`(B, 3 d)`, features of the newest known position -> `(B, d)`, the input of all contemplate tokens."""
         return self.layer.contemplate_embedding(features, self.adapter_name)
 
-    def anchors(self, cache: Cache, features: Tensor, positions: Tensor, layer_ids: list[int]) -> Tensor:
+    def anchors(self, cache: Cache, features: Tensor, positions: Tensor) -> Tensor:
         """Contemplate after positions of a finished text, as after the nodes of one verify pass.
 
         Args:
@@ -59,13 +62,13 @@ class Contemplator:
             positions: `(B, A)` long.
 
         Returns:
-            Futures `(B, A, 3 d)`.
+            Futures `(B, A, 3 d)`, or `(B, A, 4 d)` with the last hidden state.
         """
         embeddings = self.embedding(features)[:, None].expand(-1, positions.shape[1], -1)
         visible = torch.arange(cache.get_seq_length(), device=positions.device) <= positions[..., None]
         context = ContemplateContext(cache, self.soft_prompts())
         with self.acting():
-            return contemplate_anchors(self.target, context, embeddings, positions + 1, visible, layer_ids)[0]
+            return contemplate_anchors(self.target, context, embeddings, positions + 1, visible, self.layer_ids)[0]
 
     def future(
         self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance, known: Sequence[bool]
@@ -76,11 +79,21 @@ class Contemplator:
             known: of each batch row, whether a node of its path carried one.
 
         Returns:
-            `(B, 3 d)`, and `(B,)` bool, which rows have one, None = all; None and None if no row has.
+            `(B, 3 d)`, or `(B, 4 d)`, and `(B,)` bool, which rows have one, None = all; None and None if no row has.
         """
         if not any(known):
             return None, None
         last = acceptance.path.gather(1, (acceptance.counts_tensor.clamp(min=1) - 1)[:, None]).clamp(min=0)
-        nearest = nearest_contemplated(tree, nodes).gather(1, last)[:, 0]  # (B,)
+        nearest = nearest_contemplated(tree, nodes).gather(1, last)  # (B, 1)
+        carrier = nodes.gather(1, nearest.clamp(min=0))
         rows = torch.arange(len(nearest), device=nearest.device)
-        return verified.futures[rows, nearest.clamp(min=0)], None if all(known) else send(known, nearest.device)
+        future = self.timely(verified.futures[rows, nearest[:, 0].clamp(min=0)], (carrier == last)[:, 0])
+        return future, None if all(known) else send(known, nearest.device)
+
+    def timely(self, futures: Tensor, fresh: Tensor) -> Tensor:
+        """`futures` `(B, ...)` without the word of those that are not `fresh` `(B,)` bool: an ancestor's contemplate token
+        speaks of a token that is decided by now. Its features stay."""
+        if futures.shape[-1] == self.num_features:
+            return futures
+        features, words = futures.split([self.num_features, futures.shape[-1] - self.num_features], dim=-1)
+        return torch.cat([features, words * fresh[:, None].to(words)], dim=-1)

@@ -159,9 +159,9 @@ class NetworkDrafter(Drafter):
     @torch.no_grad()
     def distribution(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """[`tree.drawing.DistributionStep`]: `(B, W, draft_vocab_size)` logits behind `tokens` `(B, W)`."""
-        skip = None
+        skip = word = None
         if parents is None:
-            skip = self._start()
+            skip, word = self._start()
         else:
             width = tokens.shape[1]
             itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(tokens.shape[0], -1, -1)
@@ -171,10 +171,11 @@ class NetworkDrafter(Drafter):
             self.hidden_states = self.hidden_states.gather(1, index.expand(-1, -1, self.hidden_states.shape[-1]))
             self.position_ids = self.position_ids + 1
         self._run_layer(tokens, skip)
-        return self.draft.logits(self.hidden_states)
+        return self.draft.logits(self.hidden_states, word)
 
-    def _start(self) -> Tensor | None:
-        """Read the waiting rows, get the start row ready; returns what the future token adds to its residual stream."""
+    def _start(self) -> tuple[Tensor | None, Tensor | None]:
+        """Read the waiting rows, get the start row ready; returns what the future token adds to its residual stream, and
+        to what its head reads."""
         rows = Rows.joined(self.waiting).newest_last()
         # Copied: a view would hold on to the features of a whole prompt.
         newest = (states[:, -1:].clone() for states in (rows.tokens, rows.features, rows.position_ids))
@@ -186,7 +187,7 @@ class NetworkDrafter(Drafter):
         self.hidden_states, self.position_ids = hidden_states[:, -1:], rows.position_ids[:, -1:]
         self.ancestors = torch.ones(len(rows.tokens), 1, 1, dtype=torch.bool, device=rows.tokens.device)
         self.future_known, self.futures_whole = None, rows.future is None or rows.future_known is None
-        return None if rows.future is None else self._write_future(rows)
+        return (None, None) if rows.future is None else self._write_future(rows)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens).to(device=self.draft.device, dtype=self.draft.dtype)
@@ -204,17 +205,20 @@ class NetworkDrafter(Drafter):
             self.draft.write_rows(embeds, hidden_states, position_ids.clamp(min=0), self.cache)
         self.cache.commit(counts)
 
-    def _write_future(self, rows: Rows) -> Tensor:
-        """Write the future token behind the committed rows; returns `(B, 1, d)` for the start row's residual stream."""
+    def _write_future(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Write the future token behind the committed rows; returns `(B, 1, d)` for the start row's residual stream, and for
+        its head."""
         layer = self.draft.midlayer
         known = rows.future_known
         self.future_known = torch.ones_like(rows.tokens[:, -1:]).bool() if known is None else known[:, None]
-        embeds, states = self.draft.future_inputs(self.hidden_states, rows.future[:, None].to(self.hidden_states))
+        futures = rows.future[:, None].to(self.hidden_states)
+        embeds, states = self.draft.future_inputs(self.hidden_states, futures)
         inputs = layer.attention_inputs(embeds, states)
         rotary = self.draft.rotary(self.position_ids + 1, inputs.dtype)
         with self.cache.writing(self.cache.slots_behind(1, batch_size=len(rows.tokens))):
             self.cache.update(*layer.self_attn.key_value(inputs, *rotary), 0)
-        return self.draft.future_skip(states) * self.future_known[..., None].to(states)
+        here, word = self.future_known[..., None].to(states), self.draft.word(futures)
+        return self.draft.future_skip(states) * here, None if word is None else word * here
 
     def _run_layer(self, tokens: Tensor, skip: Tensor | None) -> None:
         width, drafted = self.ancestors.shape[1:]

@@ -181,7 +181,8 @@ class Decoder:
             return verify(self.target, layout, None, self.cache, self.layer_ids, self.outputs.asked)
         embedding = self.contemplator.embedding(state.features)
         with self.contemplator.acting(count):
-            return verify(self.target, layout, embedding, self.cache, self.layer_ids, self.outputs.asked)
+            futures = self.contemplator.layer_ids
+            return verify(self.target, layout, embedding, self.cache, self.layer_ids, self.outputs.asked, futures)
 
     def _keep(
         self, state: DecodingState, tree: DraftTree, layout: VerifyLayout, verified: Verified, acceptance: Acceptance

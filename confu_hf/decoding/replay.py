@@ -31,7 +31,6 @@ class TreeReplay:
 
     Args:
         new_drafter: makes the drafter of a call. contemplator: None = EAGLE-3 mode.
-        layer_ids: layers whose entering hidden states are the features.
         options: the tree, the same in every round. Unlike `generate()`, trees keep their depth at the end of a text.
     """
 
@@ -39,10 +38,9 @@ class TreeReplay:
         self,
         new_drafter: Callable[[], Drafter],
         contemplator: Contemplator | None,
-        layer_ids: list[int],
         options: TreeOptions,
     ):
-        self.new_drafter, self.contemplator, self.layer_ids = new_drafter, contemplator, layer_ids
+        self.new_drafter, self.contemplator = new_drafter, contemplator
         self.plan = RoundPlan(options.total_tokens, options.depth, options.top_k, options.confidence_threshold)
         self.contemplate_tokens = options.contemplate_tokens
 
@@ -85,8 +83,8 @@ class TreeReplay:
         last = texts.lengths[:, None] - 1
         positions = torch.minimum(newest[:, None] + 1 + tree.depths.gather(1, carrier), last)  # (B, 1)
         sources = _at(texts.features, newest[:, None])[:, 0]
-        futures = self.contemplator.anchors(texts.cache, sources, positions, self.layer_ids)
-        return futures[:, 0], nearest[:, 0] >= 0
+        futures = self.contemplator.anchors(texts.cache, sources, positions)[:, 0]
+        return self.contemplator.timely(futures, (carrier == node[:, None])[:, 0]), nearest[:, 0] >= 0
 
 
 def _accepted(tree: DraftTree, texts: KnownTexts, newest: Tensor) -> tuple[Tensor, Tensor]:

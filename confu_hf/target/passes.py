@@ -58,8 +58,8 @@ class Prefilled:
 @dataclass(frozen=True)
 class Verified:
     """`logits` `(B, T+1, V)` and `features` `(B, T+1, 3 d)` of the tree's nodes, index 0 the root; `futures` of the
-    contemplate tokens, `(B, M, 3 d)` in the order of `layout.contemplate_nodes`, None if there were none; `states` of
-    all rows."""
+    contemplate tokens, `(B, M, 3 d)` or what `future_layer_ids` asked for, in the order of `layout.contemplate_nodes`,
+    None if there were none; `states` of all rows."""
 
     logits: Tensor
     features: Tensor
@@ -151,14 +151,18 @@ def verify(
     cache: TreeCache,
     layer_ids: Sequence[int],
     asked: Asked = Asked(),
+    future_layer_ids: Sequence[int] | None = None,
 ) -> Verified:
     """Check a whole tree in one forward pass; its rows lie behind the committed ones until `cache.keep_path()`.
 
     Args:
         layout: tokens, positions and mask, for `cache` as it is now.
         contemplate_embedding: `(B, d)`, the input of all contemplate tokens; None only if the layout has none.
+        future_layer_ids: `layer_ids` and perhaps the last hidden state, for contemplate tokens alone; None = `layer_ids`.
     """
     num_nodes, num_contemplate = layout.tokens.shape[1], layout.contemplate_nodes.shape[1]
+    if not num_contemplate or future_layer_ids is None:
+        future_layer_ids = layer_ids
     _check_layout(layout, contemplate_embedding, cache)
     embeds = model.get_input_embeddings()(layout.tokens)  # (B, T+1, d)
     if num_contemplate:
@@ -180,12 +184,13 @@ def verify(
             use_cache=True,
             logits_to_keep=torch.arange(num_nodes, device=embeds.device),
             return_dict=True,
-            **_request(layer_ids, asked),
+            **_request(future_layer_ids, asked),
         )
-    features = _features(output, layer_ids, asked)
+    features = _features(output, future_layer_ids, asked)
+    num_features = len(layer_ids) * features.shape[-1] // len(future_layer_ids)
     return Verified(
         logits=output.logits[:, :num_nodes],  # a model that ignores logits_to_keep returns all Q rows
-        features=features[:, :num_nodes],
+        features=features[:, :num_nodes, :num_features],
         futures=features[:, num_nodes:] if num_contemplate else None,
         states=_states(output, asked),
     )

@@ -45,6 +45,7 @@ class RowFutures:
 
     embeds: Tensor  # (B, R, d)  MoE_f(h_t)
     states: Tensor  # (B, R, d)  W_f f
+    words: Tensor | None  # (B, R, d)  what the row's own contemplate token says next; zeros where it has none
     present: Tensor  # (B, R) bool
     anchors: Anchors
     last: Tensor  # (B, A, d) the contemplate tokens' own states behind the target's last norm
@@ -89,11 +90,14 @@ def row_futures(
     own = gather_rows(hidden_states, rows.starts)
     embeds, mixture = draft.future_mixture(own), draft.future_mixture
     states = gather_rows(draft.fuse_future(futures.to(hidden_states.dtype)), latest.clamp_min(0))
+    words = draft.word(torch.cat([futures, last], dim=-1).to(hidden_states.dtype))
+    if words is not None:
+        words = gather_rows(words, latest.clamp_min(0)) * (present & (distance == 0))[..., None]
     routers = {
         "contemplate": router_use(read, layer.router_weight(), layer.config.num_experts_per_token, anchors.exist),
         "future": router_use(own, mixture.router.weight, mixture.top_k, present),
     }
-    return RowFutures(embeds, states, present, anchors, last, routers)
+    return RowFutures(embeds, states, words, present, anchors, last, routers)
 
 
 def soft_prompts(target: PreTrainedModel) -> SoftPrompts:

@@ -46,6 +46,7 @@ class ConFuTrainingObjective:
             what the draft asks of them only once it has learned to listen.
         adapter_alone: that loss alone; the draft is neither run nor changed. The "accepted length" is then 1 and the share
             of contemplate tokens that name the target's choice.
+        freeze_adapter: the draft alone is changed: an adapter that is taught serves it, at the cost of a forward pass.
     """
 
     ttt_steps: int = 4
@@ -57,6 +58,7 @@ class ConFuTrainingObjective:
     max_lag: int = 6
     future_weight: float = 0.0
     adapter_alone: bool = False
+    freeze_adapter: bool = False
 
     def __post_init__(self):
         if self.deep_rows not in DEEP_ROWS:
@@ -69,6 +71,13 @@ class ConFuTrainingObjective:
                 got=f"{self.deep_row_fraction} with deep_rows={self.deep_rows!r}",
                 expected="deep_rows='random'",
                 fix="Leave one of the two out.",
+            )
+        if self.freeze_adapter and (self.adapter_alone or self.future_weight):
+            raise refusal(
+                "freeze_adapter",
+                got=f"adapter_alone={self.adapter_alone} and future_weight={self.future_weight}",
+                expected="False and 0: losses for the adapter",
+                fix="Leave freeze_adapter out, or the others.",
             )
 
 
@@ -97,7 +106,7 @@ class ConFuForTraining(nn.Module):
         self.teacher = Teacher(target, draft.config.target_layer_ids, feature_store)
         self.objective = objective or ConFuTrainingObjective()
         for name, parameter in target.named_parameters():
-            parameter.requires_grad_("confu_" in name)
+            parameter.requires_grad_("confu_" in name and not self.objective.freeze_adapter)
         if self.objective.adapter_alone:
             draft.requires_grad_(False)
         leave_shards_to_fsdp(self)

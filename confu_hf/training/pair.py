@@ -28,7 +28,7 @@ from ..target.geometry import attention_geometry
 from ..target.soft_prompts import soft_prompt_key_values
 from .data import frequent_tokens
 from .store import FeatureStore, store_bytes
-from .warm_start import warm_start_from_eagle3, warm_start_from_target
+from .warm_start import open_word, warm_start_from_eagle3, warm_start_from_target
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +48,10 @@ class DraftShape:
     own_embeddings: bool | None = field(default=None, metadata={"help": "token embeddings of the draft's own"})
     draft_hidden_size: int | None = field(default=None, metadata={"help": "width of the draft; default the target's"})
     target_layer_ids: list[int] | None = field(default=None, metadata={"help": "layers that are read"})
+    future_word: bool = field(
+        default=False,
+        metadata={"help": "ConFu: the contemplate token's own word joins the first drafted row's logits"},
+    )
 
     def config(self, target: PreTrainedModel, *, contemplate: bool) -> ConFuConfig:
         """The draft's configuration for `target`."""
@@ -129,17 +133,18 @@ def starting_pair(
         always: see [`fresh_draft`].
     """
     shape, start = adapter_shape or AdapterShape(), None
+    draft_shape = draft_shape or DraftShape()
     if init_from is None:
-        fresh = fresh_draft(
-            assistant_class, draft_shape or DraftShape(), target, rows, contemplate=contemplate, always=always
-        )
+        fresh = fresh_draft(assistant_class, draft_shape, target, rows, contemplate=contemplate, always=always)
         logger.info(f"the draft's vocabulary covers {fresh.coverage:.1%} of the answers' tokens")
         logger.info(f"started from the target: {', '.join(fresh.from_target)}")
         draft = fresh.draft
     else:
         draft = assistant_class.from_pretrained(init_from, dtype=torch.float32)
         if contemplate and not draft.config.contemplate:
-            draft = confu_from_eagle3(assistant_class, draft)
+            draft = confu_from_eagle3(assistant_class, draft, future_word=draft_shape.future_word)
+            if draft.config.future_word:
+                open_word(draft, target)
             if adapter_from is not None:
                 adapter = read_pair(adapter_from).adapter
                 shape, start = _shape_of(adapter.config), adapter.weights
@@ -182,9 +187,12 @@ def _first_tokens(rows: Dataset) -> torch.Tensor:
     return torch.tensor([list(sequence)[:length] for sequence in sequences])
 
 
-def confu_from_eagle3(draft_class: type[ConFuDraftModel], eagle3: ConFuDraftModel) -> ConFuDraftModel:
+def confu_from_eagle3(
+    draft_class: type[ConFuDraftModel], eagle3: ConFuDraftModel, *, future_word: bool = False
+) -> ConFuDraftModel:
     """A ConFu draft that starts as the EAGLE-3 draft it is given."""
-    draft = draft_class(ConFuConfig.from_dict({**eagle3.config.to_dict(), "contemplate": True}))
+    more = {"contemplate": True, "future_word": future_word}
+    draft = draft_class(ConFuConfig.from_dict({**eagle3.config.to_dict(), **more}))
     warm_start_from_eagle3(draft, eagle3)
     return draft
 

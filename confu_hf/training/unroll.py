@@ -67,6 +67,7 @@ class DraftUnroll:
         self.state = gather_rows(hidden_states, rows.starts)
         self.own: list[tuple[Tensor, Tensor, Tensor]] = []
         self.skip: Tensor | None = None
+        self.words = None if futures is None else futures.words
         self.steps = 0
         if futures is not None:
             future_inputs = layer.attention_inputs(futures.embeds, futures.states)
@@ -89,8 +90,11 @@ class DraftUnroll:
         if self.steps == 0 and self.skip is not None:
             residual = residual + self.skip
         self.state = self.draft.fed_back(layer.finish(residual, attention.merge(context)))
+        outputs = self.draft.head_inputs(self.state)
+        if self.steps == 0 and self.words is not None:
+            outputs = outputs + self.words
         self.steps += 1
-        return self.draft.head_inputs(self.state)
+        return outputs
 
     def keep(self, chosen: Tensor) -> None:
         """Go on with the rows `chosen` `(B, R'')` alone, indices into those that are still unrolled."""

@@ -66,12 +66,15 @@ def feature_rms(target: PreTrainedModel, layer_id: int, sample: Tensor) -> float
     return output.hidden_states[layer_id].float().square().mean(-1).sqrt().median().item()
 
 
+WORD_SHARE = 0.5  # of a contemplate token's logits beside the draft's, to begin with
+
+
 @torch.no_grad()
 def warm_start_from_eagle3(draft: ConFuDraftModel, eagle3: ConFuDraftModel) -> None:
     """Start a ConFu draft from an EAGLE-3 draft of the same geometry.
 
     The future token starts as what the network can already read: `W_f` as the fusion of features, for `f_v` stands where
-    the features of the next position would stand; the skip connection stays closed (zero).
+    the features of the next position would stand; the skip connection and the word stay closed (zero), see [`open_word`].
     """
     missing, unexpected = draft.load_state_dict(eagle3.state_dict(), strict=False)
     foreign = [name for name in missing if not name.startswith("future_")]
@@ -83,3 +86,15 @@ def warm_start_from_eagle3(draft: ConFuDraftModel, eagle3: ConFuDraftModel) -> N
             fix="Create the ConFu draft from the EAGLE-3 checkpoint's config.",
         )
     draft.future_fc.weight.copy_(draft.fc.weight)
+
+
+@torch.no_grad()
+def open_word(draft: ConFuDraftModel, target: PreTrainedModel, share: float = WORD_SHARE) -> None:
+    """Have the draft's head say of a contemplate token's last state what the target's head says, times `share`.
+
+    `future_word` is the `(d, d)` map `M` that makes `lm_head M` come nearest to the target's rows (least squares). An
+    adapter that was taught first is heard at once; one that was not adds noise, which training takes back.
+    """
+    head = draft.lm_head.weight.float()
+    rows = head_rows(target, draft.draft_token_ids.to(target.device)).to(head)
+    draft.future_word.weight.copy_(share * torch.linalg.solve(head.T @ head, head.T @ rows))
