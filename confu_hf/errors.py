@@ -15,4 +15,10 @@ def refusal(
     Args:
         error: another class than `ValueError`, where callers may want to tell it apart (a missing file).
     """
-    return error(f"{subject}: got {got}, expected {expected}. {fix}")
+    return marked(error(f"{subject}: got {got}, expected {expected}. {fix}"))
+
+
+def marked(error: Error) -> Error:
+    """An error whose one line says all: `error.is_refusal`. Scripts show it without a traceback."""
+    error.is_refusal = True
+    return error

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .errors import marked
+
 TORCH = "tested with `pip install torch==2.13.0`; https://pytorch.org/get-started/locally has the builds for GPUs"
 
 
@@ -61,15 +63,19 @@ def importing(package: str) -> Iterator[None]:
         if missing == package:
             raise
         if missing == "torch":
-            raise ImportError(
-                f"{package} needs PyTorch, which is not installed. Install the build for your machine: {TORCH}."
+            raise marked(
+                ImportError(
+                    f"{package} needs PyTorch, which is not installed. Install the build for your machine: {TORCH}."
+                )
             ) from error
         _explain(package, error)
         if importlib.util.find_spec(missing) is not None:
             raise  # a part of what is installed
-        raise ImportError(
-            f"{package} needs {missing}, which is not installed. Run `pip install {missing}`, or install {package} with "
-            "pip, which brings it along."
+        raise marked(
+            ImportError(
+                f"{package} needs {missing}, which is not installed. Run `pip install {missing}`, or install {package} "
+                "with pip, which brings it along."
+            )
         ) from error
     except (ImportError, AttributeError) as error:
         _explain(package, error)
@@ -80,4 +86,4 @@ def _explain(package: str, error: Exception) -> None:
     """Raise in place of an error that versions outside of the tested range explain."""
     outside = outside_tested_range(package)
     if outside:
-        raise ImportError(f"{' '.join(outside)} (The import failed: {error})") from error
+        raise marked(ImportError(f"{' '.join(outside)} (The import failed: {error})")) from error

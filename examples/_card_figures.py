@@ -27,6 +27,13 @@ DRAFTS = {"eagle3": "EAGLE-3", "confu": "ConFu", "confu-masked": "ConFu, future 
 
 def read(path: Path) -> dict[str, Any]:
     """A file of figures; one without its origin is refused."""
+    if not path.is_file():
+        raise refusal(
+            str(path),
+            got="no such file",
+            expected="a JSON file of figures",
+            fix="Look for a misspelt path, or measure.",
+        )
     document = json.loads(path.read_text(encoding="utf-8"))
     if "environment" not in document:
         raise refusal(

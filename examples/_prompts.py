@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from confu_hf.errors import refusal
+from confu_hf.errors import marked, refusal
 
 SHAPES = "a string `prompt`, a list `messages` of role/content, or a list of strings `turns` (the first is used)"
 
@@ -109,6 +109,8 @@ def _rows(source: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise _no_file(path, "no such file")
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -131,14 +133,26 @@ def _read_dataset(name: str) -> Iterator[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(
-            f"{name!r} is no .jsonl or .jsonl.gz file; to read it as a data set: pip install -e '.[train]'"
+        raise marked(
+            ImportError(
+                f"{name!r} is no .jsonl or .jsonl.gz file; to read it as a data set: pip install -e '.[train]'"
+            )
         ) from error
-    if name.endswith(".parquet"):
-        yield from load_dataset("parquet", data_files=name, split="train")
-        return
     path, _, split = name.partition(":")
-    yield from load_dataset(path, split=split or "train")
+    try:
+        if name.endswith(".parquet"):
+            rows = load_dataset("parquet", data_files=name, split="train")
+        else:
+            rows = load_dataset(path, split=split or "train")
+    except (FileNotFoundError, ConnectionError) as error:
+        raise _no_file(name, str(error).partition("\n")[0]) from error
+    yield from rows
+
+
+def _no_file(source: str | Path, got: str) -> FileNotFoundError:
+    expected = "a file of prompts (.jsonl, .jsonl.gz, .parquet) or a data set of the Hub (NAME, NAME:SPLIT)"
+    fix = "Look for a misspelt path; a data set must be in the cache, or the Hub in reach."
+    return refusal(str(source), got=got, expected=expected, fix=fix, error=FileNotFoundError)
 
 
 def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:

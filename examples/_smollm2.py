@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,12 +34,16 @@ def load_target(
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     except OSError as error:
-        if not isinstance(error.__cause__, LocalEntryNotFoundError):
-            raise
-        raise SystemExit(
-            f"The target {name_or_path} is no folder and is not in the cache of this machine, and offline mode is on or "
-            f"there is no connection. Run `hf download {name_or_path}` once, online and without HF_HUB_OFFLINE=1."
-        ) from error
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise SystemExit(
+                f"The target {name_or_path} is no folder and is not in the cache of this machine, and offline mode is on or "
+                f"there is no connection. Run `hf download {name_or_path}` once, online and without HF_HUB_OFFLINE=1."
+            ) from error
+        if isinstance(error.__cause__, HFValidationError):
+            raise SystemExit(
+                f"The target {name_or_path} is no folder, and no name of the Hub. Look for a misspelt path."
+            ) from error
+        raise
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     import _allocator
+    import _script
 
+    _script.begin()
     _allocator.keep_freed_memory()
 
 import argparse

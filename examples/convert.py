@@ -10,6 +10,11 @@ differ is told in `confu_hf/hub/conversion/`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import _script
+
+    _script.begin()
+
 import argparse
 import json
 from pathlib import Path

@@ -9,6 +9,11 @@ summarization or rag can be joined, and of those only what has that form.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import _script
+
+    _script.begin()
+
 import argparse
 import json
 import random

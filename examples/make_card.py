@@ -17,6 +17,11 @@ The folder's adapter gets its own card. Figures are never typed in: no file, no 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import _script
+
+    _script.begin()
+
 import argparse
 import shutil
 from collections.abc import Sequence

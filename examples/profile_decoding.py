@@ -11,6 +11,11 @@ are no operators of torch: in the trace they are what lies between two operators
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import _script
+
+    _script.begin()
+
 import argparse
 import statistics
 import time

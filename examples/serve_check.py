@@ -9,6 +9,11 @@ tokens were accepted at each position. Ends with 1 if a format's answers differ 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import _script
+
+    _script.begin()
+
 import argparse
 import json
 import os

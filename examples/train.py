@@ -18,9 +18,9 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     import _allocator
-    import _requirements
+    import _script
 
-    _requirements.check("datasets")
+    _script.begin("datasets")
     _allocator.keep_freed_memory()
 
 import os

@@ -17,7 +17,7 @@ BASE = {"errors", "compat", "metrics", "host"}  # and `versions`, which is for `
 DATA = {"configuration_confu", "options", "experts", "tree"}
 MODELS = {"modeling_confu", "target"}
 MAY_IMPORT = {
-    "versions": set(),
+    "versions": {"errors"},
     "errors": set(),
     "compat": {"errors"},
     "metrics": {"errors"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import datasets
 import pytest
 import torch
@@ -16,6 +18,7 @@ from confu_hf.training.data import (
     ConversationCollator,
     frequent_tokens,
     load_conversations,
+    split_held_out,
     tokenize_conversation,
 )
 
@@ -104,6 +107,39 @@ def test_files_without_messages_are_refused(tokenizer, tmp_path):
     Dataset.from_list([{"prompt": "a"}]).to_json(path)
     with pytest.raises(ValueError, match=r"got columns \['prompt'\], expected `messages`. Make answers with"):
         load_conversations([str(path)], tokenizer, max_length=8, eos_token_id=END)
+
+
+@pytest.mark.parametrize(
+    ("rows", "got"),
+    [([], "no answers"), ([talk("a", "b c"), talk("a", "b")], "2 shorter answers")],
+    ids=["empty", "short"],
+)
+def test_files_that_nothing_can_be_learned_from_are_refused(tokenizer, tmp_path, rows, got):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = f"got {got}, expected `messages` files with answers of at least 4 tokens. Give --max_minutes more"
+    with pytest.raises(ValueError, match=expected):
+        load_conversations([str(path)], tokenizer, max_length=40, eos_token_id=END)
+
+
+def test_an_empty_file_beside_another_is_passed_over(tokenizer, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "answers.jsonl").write_text(json.dumps(talk("a", "b c d e")) + "\n")
+    files = [str(tmp_path / "empty.jsonl"), str(tmp_path / "answers.jsonl")]
+    assert len(load_conversations(files, tokenizer, max_length=40, eos_token_id=END)) == 1
+
+
+def test_missing_files_are_refused(tokenizer, tmp_path):
+    expected = "nonesuch.jsonl'.*: got no such file, expected `messages` files .* Look for a misspelt path"
+    with pytest.raises(FileNotFoundError, match=expected):
+        load_conversations([str(tmp_path / "nonesuch.jsonl")], tokenizer, max_length=40, eos_token_id=END)
+
+
+def test_one_answer_cannot_be_split():
+    rows = Dataset.from_list([{"input_ids": [3, 4], "greedy": True, "index": 0}])
+    expected = "got 1 that is long enough, expected at least 2: one to train on, one to hold out. Give --max_minutes"
+    with pytest.raises(ValueError, match=expected):
+        split_held_out(rows, 1)
 
 
 def test_batches_are_padded_on_the_right():

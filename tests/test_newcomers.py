@@ -108,7 +108,7 @@ def test_an_error_of_our_own_is_not_put_down_to_versions(monkeypatch):
     [("torch", "pip install torch==2.13.0"), ("confu_hf", "pip install -e ."), ("datasets", ".[train]")],
 )
 def test_a_script_whose_packages_are_missing(monkeypatch, script, missing, fix):
-    requirements = script("_requirements")
+    requirements = script("_script")
     requirements.check("datasets")
     without(monkeypatch, missing)
     with pytest.raises(SystemExit, match=f"needs {missing}, which is not installed") as caught:
@@ -139,6 +139,14 @@ def test_a_target_offline(script):
     with pytest.raises(SystemExit, match="The target org/nonesuch is no folder and is not in the cache") as caught:
         script("_smollm2").load_target("org/nonesuch")
     assert "Run `hf download org/nonesuch` once, online" in one_line(caught.value)
+
+
+def test_a_target_that_is_no_name(script, tmp_path):
+    with pytest.raises(
+        SystemExit, match="/x is no folder, and no name of the Hub. Look for a misspelt path"
+    ) as caught:
+        script("_smollm2").load_target(str(tmp_path / "x"))
+    one_line(caught.value)
 
 
 @pytest.mark.parametrize(

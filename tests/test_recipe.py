@@ -130,6 +130,14 @@ def test_an_interrupted_stage_goes_on(tmp_path, tokenizer, monkeypatch):
     assert again.run() == found  # nothing is left to do
 
 
+def test_a_time_without_answers_is_refused_and_can_be_prolonged(tmp_path, tokenizer):
+    recipe = make_recipe(tmp_path, tokenizer, "eagle3", max_minutes=1e-9)
+    with pytest.raises(ValueError, match="got no answers, expected .* of at least 4 tokens. Give --max_minutes more"):
+        recipe.run()
+    longer = make_recipe(tmp_path, tokenizer, "eagle3")
+    assert not longer.budget.done("regenerate") and longer.run()["accepted"].keys() == {"eagle3"}
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path, tokenizer):
     make_recipe(tmp_path, tokenizer).budget.note("regenerate", done=True)
     with pytest.raises(ValueError, match="got a run of .*confu.*, expected .*eagle3.*Give --output_dir another"):

@@ -124,6 +124,13 @@ def test_a_store_says_what_it_takes_and_has_a_limit(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_draft_from_no_sequences_is_refused():
+    with pytest.raises(
+        ValueError, match="rows: got none, expected sequences to start a draft with. Make answers with"
+    ):
+        fresh_draft(ConFuAssistant, DraftShape(), tiny_llama(), [], contemplate=False)
+
+
 def test_a_stage_goes_on_from_what_it_is_given(tmp_path):
     """Fresh; ConFu from EAGLE-3; a pair as it is; a pair that gets a gated LoRA; EAGLE-3 with a pair's adapter."""
     target = tiny_llama(dtype=torch.bfloat16)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import Cache
 
 from ..tree.draft_tree import DraftTree, root_only
 from ..tree.grafting import Chain, graft
@@ -17,6 +16,7 @@ from .drafting import Drafter
 from .matches import Match, MatchRates, NgramIndex
 from .policy import RoundPlan
 from .state import DecodingState, Rows
+from .wrapping import WrappingDrafter
 
 # The network need not draft where the lookup is at least this sure of as many tokens as the network would draft.
 CERTAIN = 0.5
@@ -87,7 +87,7 @@ class LookupDrafter(Drafter):
         return _grafted(root_only(state.known_roots), self.chains(state, min(plan.depth, plan.total_tokens)), plan)
 
 
-class CombinedDrafter(Drafter):
+class CombinedDrafter(WrappingDrafter):
     """The tree of a drafter with what is looked up as further branches: one verify pass serves both.
 
     Where the lookup gives a chain of as many tokens as the drafter would draft a probability of [`CERTAIN`] or more, the
@@ -98,29 +98,17 @@ class CombinedDrafter(Drafter):
     """
 
     def __init__(self, drafter: Drafter):
-        self.drafter, self.lookup = drafter, LookupDrafter()
-        self.network = drafter.network
-
-    def recall(self, cache: Cache | None, input_ids: Tensor) -> None:
-        """Of no use to the lookup, which reads the ids anyway."""
-        self.drafter.recall(cache, input_ids)
-
-    def remember(self, cache: Cache, input_ids: Tensor) -> None:
-        """See [`recall`]."""
-        self.drafter.remember(cache, input_ids)
-
-    def read(self, embeds: Tensor, features: Tensor, position_ids: Tensor, is_whole: bool) -> None:
-        """Of no use to the lookup, which reads ids."""
-        self.drafter.read(embeds, features, position_ids, is_whole)
+        super().__init__(drafter)
+        self.lookup = LookupDrafter()
 
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """Both read what is new."""
-        self.drafter.observe(state, rows)
+        super().observe(state, rows)
         self.lookup.observe(state, rows)
 
     def select(self, rows: Sequence[int]) -> None:
         """Both go on with these rows."""
-        self.drafter.select(rows)
+        super().select(rows)
         self.lookup.select(rows)
 
     def step(self, tokens: Tensor, parents: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:

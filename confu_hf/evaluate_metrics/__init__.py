@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import refusal
+from ..errors import marked, refusal
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -41,7 +41,7 @@ def load_metric(name: str, **arguments: Any) -> EvaluationModule:
     try:
         import evaluate
     except ImportError as error:
-        raise ImportError(
-            f"{error}: metrics need the package `evaluate`. Install it with `pip install evaluate`."
+        raise marked(
+            ImportError(f"{error}: metrics need the package `evaluate`. Install it with `pip install evaluate`.")
         ) from error
     return evaluate.load(path, **arguments)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import refusal
 
 IGNORED = -100
+MORE_ANSWERS = (
+    "Give --max_minutes more where a recipe writes them (the same command goes on), or more prompts to "
+    "examples/regenerate.py."
+)
 
 
 def tokenize_conversation(
@@ -53,10 +58,28 @@ def load_conversations(
 ) -> Dataset:
     """Read `messages` files into `input_ids`, `labels`, `length`, `task`, `greedy` (no `temperature`, or 0) and `index`.
 
-    jsonl, jsonl.gz, parquet: anything `datasets` opens by extension. Answers of fewer than `min_answer` tokens teach the draft nothing and are left out.
+    jsonl, jsonl.gz, parquet: anything `datasets` opens by extension. Answers of fewer than `min_answer` tokens teach the
+    draft nothing and are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: rows without `messages`, or no answer that is long enough.
     """
-    suffix = data_files[0].removesuffix(".gz").rsplit(".", 1)[-1]
-    raw = load_dataset({"jsonl": "json"}.get(suffix, suffix), data_files=data_files, split="train")
+    wanted = f"`messages` files with answers of at least {min_answer} tokens"
+    files = [file for file in data_files if not _is_empty(Path(file))]  # `datasets` knows no empty file
+    if not files:
+        raise refusal(str(data_files), got="no answers", expected=wanted, fix=MORE_ANSWERS)
+    suffix = files[0].removesuffix(".gz").rsplit(".", 1)[-1]
+    try:
+        raw = load_dataset({"jsonl": "json"}.get(suffix, suffix), data_files=files, split="train")
+    except FileNotFoundError as error:
+        raise refusal(
+            str(data_files),
+            got="no such file",
+            expected=wanted,
+            fix="Look for a misspelt path, or make answers with examples/regenerate.py.",
+            error=FileNotFoundError,
+        ) from error
     if "messages" not in raw.column_names:
         raise refusal(
             str(data_files),
@@ -72,12 +95,29 @@ def load_conversations(
 
     tokens = raw.map(convert, remove_columns=raw.column_names)
     tokens = tokens.filter(lambda row: sum(label != IGNORED for label in row["labels"]) >= min_answer)
+    if len(tokens) == 0:
+        raise refusal(str(data_files), got=f"{len(raw)} shorter answers", expected=wanted, fix=MORE_ANSWERS)
     return tokens.add_column("index", range(len(tokens)))
+
+
+def _is_empty(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size == 0
 
 
 def split_held_out(rows: Dataset, number: int) -> tuple[Dataset, Dataset]:
     """Rows to train on and `number` to hold out, a fifth at most: greedy answers, where there are any, for those are what
-    trees are counted on. Which ones follows from the texts: a longer file of answers keeps what it can."""
+    trees are counted on. Which ones follows from the texts: a longer file of answers keeps what it can.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise refusal(
+            "Answers to learn from",
+            got=f"{len(rows)} that is long enough",
+            expected="at least 2: one to train on, one to hold out",
+            fix=MORE_ANSWERS,
+        )
     keys = [hashlib.sha256(repr(list(ids)).encode()).digest() for ids in rows["input_ids"]]
     greedy = rows["greedy"]
     order = sorted(range(len(rows)), key=lambda place: (not greedy[place], keys[place]))

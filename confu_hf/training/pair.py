@@ -182,6 +182,13 @@ def _with_low_rank(config: ConFuAdapterConfig, shape: AdapterShape) -> AdapterSh
 
 def _first_tokens(rows: Dataset) -> torch.Tensor:
     """`(B, N)` token ids of a few sequences, cut to the shortest of them."""
+    if len(rows) == 0:
+        raise refusal(
+            "rows",
+            got="none",
+            expected="sequences to start a draft with",
+            fix="Make answers with examples/regenerate.py.",
+        )
     sequences = [rows[index]["input_ids"] for index in range(min(SAMPLE, len(rows)))]
     length = min(len(sequence) for sequence in sequences)
     return torch.tensor([list(sequence)[:length] for sequence in sequences])

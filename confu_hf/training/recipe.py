@@ -153,6 +153,7 @@ class Recipe:
                 seed=options.seed,
                 stop=lambda: clock.tick() or clock.over(),
             )
+        self._rows()  # refuses what the next stage could not learn from, while this one can still go on
         clock.finish(**written)
 
     def _eagle3(self, clock: StageClock) -> None:
