@@ -105,10 +105,13 @@ def verify_layout(
     no_slot = slot_position_ids.new_full((batch_size, 1), -1)
     if root_places is None:
         root_places = torch.cat([no_slot, slot_position_ids], dim=1).amax(dim=1, keepdim=True) + 1
+    lengths = [slot_position_ids.shape[1]] * batch_size if lengths is None else lengths
+    if width == 1 and len(set(lengths)) == 1 and not has_gaps and not soft_prompt_length:
+        slots = slot_position_ids[:, : lengths[0]]
+        return _plain_step(tree, contemplate_nodes, slots, root_places, position_offset)
+
     node_places = root_places + tree.depths
     places = torch.cat([node_places, node_places.gather(1, contemplate_nodes) + 1], dim=1)  # (B, Q)
-
-    lengths = [slot_position_ids.shape[1]] * batch_size if lengths is None else lengths
     rows = send(lengths, device)[:, None] + torch.arange(width, device=device)  # (B, Q) slots
     empty = max(lengths) + width - slot_position_ids.shape[1]
     slots = torch.nn.functional.pad(slot_position_ids, (0, empty), value=-1)  # (B, K)
@@ -124,7 +127,22 @@ def verify_layout(
         key_places=torch.cat([no_slot.expand(-1, soft_prompt_length), slots.scatter(1, rows, places)], dim=1),
         mask=torch.cat([prompts, mask], dim=2),
         soft_prompt_length=soft_prompt_length,
-        sees_all=width == 1 and len(set(lengths)) == 1 and not has_gaps,
+    )
+
+
+def _plain_step(
+    tree: DraftTree, contemplate_nodes: Tensor, slots: Tensor, root_places: Tensor, position_offset: Tensor | int
+) -> VerifyLayout:
+    """The layout of roots alone that see all `slots` `(B, C)`, without index work."""
+    return VerifyLayout(
+        tokens=tree.tokens,
+        contemplate_nodes=contemplate_nodes,
+        position_ids=root_places + position_offset,
+        places=root_places,
+        key_places=torch.cat([slots, root_places], dim=1),
+        mask=torch.ones(len(slots), 1, slots.shape[1] + 1, dtype=torch.bool, device=slots.device),
+        soft_prompt_length=0,
+        sees_all=True,
     )
 
 
