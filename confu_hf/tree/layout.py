@@ -102,14 +102,11 @@ def verify_layout(
             fix="Take them from one decoding state.",
         )
     device, width = tree.tokens.device, num_nodes + contemplate_nodes.shape[1]
-    no_slot = slot_position_ids.new_full((batch_size, 1), -1)
     if root_places is None:
-        root_places = torch.cat([no_slot, slot_position_ids], dim=1).amax(dim=1, keepdim=True) + 1
+        root_places = torch.nn.functional.pad(slot_position_ids, (1, 0), value=-1).amax(dim=1, keepdim=True) + 1
     lengths = [slot_position_ids.shape[1]] * batch_size if lengths is None else lengths
     if width == 1 and len(set(lengths)) == 1 and not has_gaps and not soft_prompt_length:
-        slots = slot_position_ids[:, : lengths[0]]
-        return _plain_step(tree, contemplate_nodes, slots, root_places, position_offset)
-
+        return _plain_step(tree, contemplate_nodes, slot_position_ids[:, : lengths[0]], root_places, position_offset)
     node_places = root_places + tree.depths
     places = torch.cat([node_places, node_places.gather(1, contemplate_nodes) + 1], dim=1)  # (B, Q)
     rows = send(lengths, device)[:, None] + torch.arange(width, device=device)  # (B, Q) slots
@@ -119,12 +116,13 @@ def verify_layout(
     mask.scatter_(2, rows[:, None].expand(-1, width, -1), _row_mask(tree, contemplate_nodes))
     prompts = mask.new_zeros(batch_size, width, soft_prompt_length)
     prompts[:, num_nodes:] = True
+    no_places = slots.new_full((batch_size, soft_prompt_length), -1)
     return VerifyLayout(
         tokens=tree.tokens,
         contemplate_nodes=contemplate_nodes,
         position_ids=places + position_offset,
         places=places,
-        key_places=torch.cat([no_slot.expand(-1, soft_prompt_length), slots.scatter(1, rows, places)], dim=1),
+        key_places=torch.cat([no_places, slots.scatter(1, rows, places)], dim=1),
         mask=torch.cat([prompts, mask], dim=2),
         soft_prompt_length=soft_prompt_length,
     )
