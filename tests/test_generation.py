@@ -327,3 +327,4 @@ def test_no_drafted_tokens_is_plain_decoding():
     got = model.generate(PROMPT, do_sample=False, assistant_model=assistant, total_tokens=0, **LENGTHS)
     assert got.tolist() == expected.tolist()
     assert assistant.stats.mean_accepted_length == 1.0
+    assert assistant.stats.contemplate_tokens == 0

@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
+from oracles import make_oracle
 from tiny_models import tiny_llama
 from tiny_pairs import tiny_pair
 from torch import nn
 
 from confu_hf import compat
-from confu_hf.acceleration import decoding
+from confu_hf.acceleration import decoding, packing
 from confu_hf.acceleration.packing import FILLED_ROWS, PackedLinears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -248,6 +249,34 @@ def test_generate_follows_a_head_changed_behind_its_back():
     expected = target.generate(prompt, **arguments)
     assert not torch.equal(before, expected)
     assert torch.equal(target.generate(prompt, assistant_model=confu, **arguments), expected)
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_weights_are_looked_at_when_a_pass_has_several_rows(monkeypatch, way):
+    """Where single rows go the plain way, a call that verifies roots alone neither reads the weights nor switches any
+    layer; the first pass of more rows finds out what has changed since."""
+    monkeypatch.setitem(PackedLinears.__init__.__kwdefaults__, "min_elements", 0)
+    monkeypatch.setattr(PackedLinears, "_cheapest_way", lambda self, shape, rows: rows * way)
+    target, looked_at = tiny_llama(dtype=torch.float32), []
+    real = packing._checksum
+    monkeypatch.setattr(packing, "_checksum", lambda weight: looked_at.append(weight.shape) or real(weight))
+    oracle, prompt = make_oracle(target), torch.arange(3, 14)[None]
+    arguments = {"max_new_tokens": 12, "do_sample": False, "policy": "fixed", "contemplate": False, "lookup": False}
+
+    def checked(**options) -> int:
+        looked_at.clear()
+        expected = target.generate(prompt, max_new_tokens=12, do_sample=False)
+        assert torch.equal(target.generate(prompt, assistant_model=oracle, **arguments, **options), expected)
+        assert oracle.stats.single_rows_plain == (way == 0)
+        return len(looked_at) // 57  # linear layers
+
+    assert checked(total_tokens=4) > 0  # the first call packs
+    assert checked(total_tokens=0) == way
+    assert "forward" not in target.lm_head.__dict__
+    assert checked(total_tokens=4) == 1
+    target.lm_head.weight.data[1:6].mul_(9.0)
+    assert checked(total_tokens=0) == way * 2
+    assert checked(total_tokens=4) == 1 + (way == 0)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from oracles import make_assistant, make_oracle
 from tiny_models import tiny_gemma3, tiny_llama, tiny_qwen3
 from torch import nn
 
+from confu_hf.acceleration import packing
 from confu_hf.acceleration.packing import PackedLinears
 from confu_hf.acceleration.products import FLAGS, build_products
 
@@ -78,13 +79,49 @@ def test_rows_do_not_influence_each_other(threads):
 def test_layers_compute_with_them(bias):
     layer, input = nn.Linear(48, 80, bias=bias), torch.randn(2, 5, 96)[..., ::2]
     packed = PackedLinears(layer, min_elements=0, products=build_products())
-    assert packed.compiled and not packed.few_rows
+    assert packed.compiled
+    packed.few_rows = {}
     with packed.active(), torch.profiler.profile() as profile:
         got = layer(input)
         empty = layer(input[:0])
     assert not any("linear" in event.key for event in profile.key_averages())
     assert empty.shape == (0, 5, 80)
     torch.testing.assert_close(got, layer(input), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("plain_seconds", "way"), [(0.9, 0), (1.0, 0), (1.04, 0), (1.2, 1)])
+@torch.no_grad()
+def test_single_rows_stay_plain_where_products_gain_little(monkeypatch, plain_seconds, way):
+    """Seconds are those of the plain product in products; compiled ones take any number of rows as it is."""
+    clock, tried = [0.0], set()
+
+    def timed(packed, max_rows, few_rows):
+        ((rows, filled),) = few_rows.items()
+        tried.add((rows, filled))
+
+        def forward(input):
+            clock[0] += 1.0 if filled else plain_seconds
+
+        return forward
+
+    monkeypatch.setattr(packing, "_forward", timed)
+    monkeypatch.setattr(packing.time, "perf_counter", lambda: clock[0])
+    packed = PackedLinears(nn.Linear(48, 80), min_elements=0, products=build_products())
+    assert packed.few_rows == {(80, 48): {1: way, 2: 2 * way}}
+    assert packed.leaves_single_rows_plain == (way == 0)
+    assert tried == {(1, 0), (1, 1), (2, 0), (2, 2)}
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_the_stats_say_which_way_single_rows_go(monkeypatch, way):
+    monkeypatch.setitem(PackedLinears.__init__.__kwdefaults__, "min_elements", 0)
+    monkeypatch.setattr(PackedLinears, "_cheapest_way", lambda self, shape, rows: rows * way)
+    model = tiny_llama(dtype=torch.float32)
+    assistant = make_assistant(model).compile()
+    model.generate(PROMPT, assistant_model=assistant, max_new_tokens=4)
+    assert assistant.stats.compiled and assistant.stats.single_rows_plain == (way == 0)
+    model.generate(PROMPT, assistant_model=assistant, max_new_tokens=4, pack_weights=False)
+    assert not assistant.stats.compiled and assistant.stats.single_rows_plain
 
 
 def test_built_once(tmp_path):
@@ -134,7 +171,7 @@ def test_undone(monkeypatch):
 
     assert "compile() was not called" in reason()
     assistant.compile()
-    assert "no plain linear layer" in reason()  # all of them are too small
+    assert "65536 weights or more, only 57 smaller ones" in reason()
     arguments["pack_weights"] = False
     assert "not packed" in reason()
     assert "compile() was not called" in (assistant.compile(False), reason())[1]

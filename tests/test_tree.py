@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from confu_hf.tree.draft_tree import DraftTree
+from confu_hf.tree.draft_tree import DraftTree, root_only
 from confu_hf.tree.ends import likeliest_ends, nearest_contemplated
 from confu_hf.tree.growing import grow_tree
 from confu_hf.tree.layout import VerifyLayout, verify_layout
@@ -308,6 +308,33 @@ def test_layout_of_a_batch_with_rows_of_different_length():
     layout = verify_layout(trees, torch.tensor([[2], [0]]), slot_position_ids=committed, soft_prompt_length=1)
     assert layout.position_ids.tolist() == [[1, 2, 3, 4], [3, 4, 4, 4]]
     assert layout.key_places[:, :4].tolist() == [[-1, -1, -1, 0], [-1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "committed", "offset"), [(1, 0, 0), (1, 5, 0), (3, 4, torch.tensor([[1], [0], [2]]))]
+)
+def test_a_plain_step_is_laid_out_as_any_tree(batch_size, committed, offset):
+    """Where nothing is drafted and no slot is empty there is less to calculate, and no mask is needed."""
+    tree = root_only(torch.arange(batch_size))
+    no_nodes = tree.tokens[:, :0]
+    slots = torch.arange(committed).expand(batch_size, -1)
+    places = torch.full((batch_size, 1), committed)
+    arguments = {"slot_position_ids": slots, "soft_prompt_length": 0, "root_places": places, "position_offset": offset}
+    layouts = [verify_layout(tree, no_nodes, **arguments, has_gaps=has_gaps) for has_gaps in (False, True)]
+    assert [layout.sees_all for layout in layouts] == [True, False]
+    plain, general = ({**vars(layout), "sees_all": None} for layout in layouts)
+    for name, value in general.items():
+        assert torch.equal(plain[name], value) if isinstance(value, torch.Tensor) else plain[name] == value, name
+
+
+@pytest.mark.parametrize("lengths", [[3, 5], [4, 4]])
+def test_soft_prompts_or_ragged_rows_need_a_mask(lengths):
+    tree, slots = root_only(torch.tensor([7, 8])), torch.arange(max(lengths)).expand(2, -1)
+    prompts = 0 if len(set(lengths)) > 1 else 2
+    layout = verify_layout(
+        tree, tree.tokens[:, :0], slot_position_ids=slots, soft_prompt_length=prompts, lengths=lengths, has_gaps=False
+    )
+    assert not layout.sees_all and not layout.mask.all()
 
 
 def render(layout, committed, contemplate_nodes):

@@ -19,6 +19,8 @@ from .. import compat
 from .shared import holding
 
 GROUPED = f"{compat.OWN_ATTENTION}sdpa"
+FUNCTIONS = AttentionInterface()
+MORE = ("position_bias", "softcap")  # arguments that are more than a mask
 
 
 def grouped_attention(
@@ -29,9 +31,9 @@ def grouped_attention(
     With nothing to gain (no mask, one query head per key) or more to do than a mask (`position_bias`, ...), it is
     `sdpa` that computes it.
     """
-    more = arguments.get("dropout") or any(arguments.get(name) is not None for name in ("position_bias", "softcap"))
-    if more or attention_mask is None or query.shape[1] == key.shape[1]:
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **arguments)
+    nothing_to_gain = attention_mask is None or query.shape[1] == key.shape[1]
+    if nothing_to_gain or arguments.get("dropout") or any(arguments.get(name) is not None for name in MORE):
+        return FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **arguments)
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=arguments.get("scaling"), enable_gqa=True
     )

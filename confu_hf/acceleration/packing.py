@@ -31,6 +31,9 @@ MAX_ROWS = 64
 # or two rows can cost more than the one for four.
 MEASURED_ROWS, FILLED_ROWS = (1, 2), 4
 MEASURED_LAYERS, MEASURED_TIMES = 8, 3
+# Another way than the plain one must take less than this share of its time: plain products are those of plain decoding
+# to the bit.
+WORTH_LEAVING_PLAIN = 0.95
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class PackedLinears:
 
     Taken are plain `nn.Linear`s with float32 or bfloat16 weights on the CPU. Subclasses (quantized layers), modules
     with a `forward` of their own (accelerate hooks) and small weights are left alone. A weight that two modules
-    share is packed once. Results are those of `F.linear` up to rounding. `len()` is the number of layers packed. One or
-    two rows go the way that a short measurement finds cheapest on this processor: `few_rows`.
+    share is packed once. Results are those of `F.linear` up to rounding. `len()` is the number of layers packed,
+    `too_small` the number of those left out for their size alone. One or two rows go the way that a short measurement
+    finds cheapest on this processor, the plain one where others gain little: `few_rows`.
 
     Args:
         modules: searched for linear layers, themselves included.
@@ -74,7 +78,7 @@ class PackedLinears:
         dtype: torch.dtype | None = None,
         products: Products | None = None,
     ) -> None:
-        self.max_rows, self.products = max_rows, products
+        self.max_rows, self.products, self.too_small = max_rows, products, 0
         self._packed: list[_Packed] = []
         self._switched: list[nn.Linear] = []  # those that compute with packed weights now
         by_address: dict[int, Tensor] = {}
@@ -82,6 +86,7 @@ class PackedLinears:
         for linear in linears.values():
             weight = linear.weight.detach()
             if weight.numel() < min_elements:
+                self.too_small += 1
                 continue
             used = products if weight.dtype == torch.float32 and dtype in (None, torch.float32) else None
             packed = by_address.get(weight.data_ptr())
@@ -90,8 +95,7 @@ class PackedLinears:
                 packed = torch.ops.mkldnn._reorder_linear_weight(wanted) if used is None else used.pack(weight)
                 by_address[weight.data_ptr()] = packed
             self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight), used))
-        # Compiled products take any number of rows as it is.
-        shapes = {tuple(packed.module.weight.shape) for packed in self._packed if packed.products is None}
+        shapes = {tuple(packed.module.weight.shape) for packed in self._packed}
         self.few_rows = {shape: {rows: self._cheapest_way(shape, rows) for rows in MEASURED_ROWS} for shape in shapes}
 
     @torch.no_grad()
@@ -101,7 +105,8 @@ class PackedLinears:
         Measured: processors differ in it. Several layers in turn, so that no weight stays in their caches.
         """
         layers = [packed for packed in self._packed if tuple(packed.module.weight.shape) == shape][:MEASURED_LAYERS]
-        ways = (0, rows, FILLED_ROWS)
+        # Compiled products take any number of rows as it is.
+        ways = (0, rows) if layers[0].products is not None else (0, rows, FILLED_ROWS)
         forwards = {way: [_forward(packed, self.max_rows, {rows: way}) for packed in layers] for way in ways}
         input = torch.zeros(rows, shape[1], dtype=layers[0].module.weight.dtype)
         seconds = dict.fromkeys(ways, float("inf"))
@@ -111,12 +116,18 @@ class PackedLinears:
                 for forward in forwards[way]:
                     forward(input)
                 seconds[way] = min(seconds[way], time.perf_counter() - start)
-        return min(ways, key=seconds.get)
+        best = min(ways, key=seconds.get)
+        return best if seconds[best] < WORTH_LEAVING_PLAIN * seconds[0] else 0
 
     @property
     def compiled(self) -> bool:
         """Whether compiled products compute any of the layers."""
         return any(packed.products is not None for packed in self._packed)
+
+    @property
+    def leaves_single_rows_plain(self) -> bool:
+        """Whether a pass of one row goes the plain way in every layer."""
+        return not any(ways[1] for ways in self.few_rows.values())
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -127,11 +138,14 @@ class PackedLinears:
         Writes through `weight.data` or through a numpy view leave address and version as they were, so every element
         is looked at. That reads the weights once or twice: 43 ms for 540 MB on two cores, less than one token.
         """
-        for packed in self._packed:
-            weight = packed.module.weight.detach()
-            if _state(weight) != packed.state or not torch.equal(_checksum(weight), packed.checksum):
-                return True
-        return False
+        weights = ((packed, packed.module.weight.detach()) for packed in self._packed)
+        return self.is_marked() or any(
+            not torch.equal(_checksum(weight), packed.checksum) for packed, weight in weights
+        )
+
+    def is_marked(self) -> bool:
+        """Whether a weight says itself that it has been replaced or changed since it was packed."""
+        return any(_state(packed.module.weight.detach()) != packed.state for packed in self._packed)
 
     @contextmanager
     def active(self) -> Iterator[PackedLinears]:
@@ -251,9 +265,7 @@ def packed_linears(
 ) -> AbstractContextManager[PackedLinears | None]:
     """Within it, `model` computes with packed weights, in `dtype`; see `TreeOptions.pack_weights`. `products`: see
     [`PackedLinears`]."""
-    if wanted is None:
-        wanted = model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES
-    if not wanted:
+    if not _is_wanted(model, wanted):
         return nullcontext()
     with SWITCHING:
         packed = _packed.get(model)
@@ -262,3 +274,18 @@ def packed_linears(
             _packed.pop(model, None)  # before the new one: one copy at a time
             packed = _packed[model] = PackedLinears(model, dtype=dtype, products=products)
     return packed.active()
+
+
+def idle_copy(model: PreTrainedModel, wanted: bool | None, products: Products | None) -> PackedLinears | None:
+    """The packed copy of an earlier call, if it leaves single rows plain: until a pass has more, [`packed_linears`] would
+    change nothing, nor need it look at the weights. None if there is none."""
+    packed = _packed.get(model) if _is_wanted(model, wanted) else None
+    if packed is None or packed.products != products or not packed.leaves_single_rows_plain or packed.is_marked():
+        return None
+    return packed
+
+
+def _is_wanted(model: PreTrainedModel, wanted: bool | None) -> bool:
+    if wanted is not None:
+        return wanted
+    return model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES

@@ -6,7 +6,7 @@ before, is assistant/routing.py's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -73,6 +73,7 @@ class Decoder:
         self.outputs = Outputs(generation_config, windows)
         self.batch: Batch | None = None
         self.without_ids = 0  # tokens of the prompt that have no id
+        self.expect: Callable[[int], None] = lambda rows: None  # told of the rows of every verify pass beforehand
         self.tally, self.stopwatch = Tally(), Stopwatch(working_device(target))
         self.cache: TreeCache | None = None
 
@@ -136,6 +137,8 @@ class Decoder:
             tree = chosen.tree.to(state.input_ids.device)
         with timed("verify"):
             layout = self._layout(tree, chosen.contemplate_tokens, state)
+        self.expect(layout.places.numel())  # what that takes, once a call, is no round's cost
+        with timed("verify"):
             verified = self._verify(layout, state)
         with timed("accept"):
             rows = (verified.logits, state.input_ids, state.lengths, state.finished)
@@ -162,7 +165,7 @@ class Decoder:
 
     def _layout(self, tree: DraftTree, contemplate_tokens: int | None, state: DecodingState) -> VerifyLayout:
         nodes = tree.tokens[:, :0]
-        if self.contemplator is not None:
+        if self.contemplator is not None and contemplate_tokens != 0:
             nodes = self.contemplator.nodes(tree, contemplate_tokens)
         return verify_layout(
             tree,
@@ -189,12 +192,8 @@ class Decoder:
     ) -> DecodingState:
         """Commit the accepted path and tell the drafter of it."""
         path = acceptance.path
-        features = verified.features.gather(
-            1, path.clamp(min=0)[..., None].expand(-1, -1, verified.features.shape[-1])
-        )
+        features, position_ids = _rows_on(path, acceptance.counts, layout, verified)
         self._note_states(layout, verified, acceptance.nodes)
-        steps = torch.arange(path.shape[1], device=path.device)
-        position_ids = torch.where(path >= 0, layout.places[:, :1] + steps, -1)
         self.cache.keep_path(path, acceptance.counts, acceptance.nodes)
         future, known = None, None
         if self.contemplator is not None:
@@ -233,6 +232,7 @@ class Decoder:
             return
         tree, path, counts = chains(sequences, read)
         layout = self._layout(tree, 0, state)
+        self.expect(layout.places.numel())
         verified = self._verify(layout, state)
         for row, length in enumerate(state.lengths):
             self.outputs.cut(row, length - self.batch.prompt_length)
@@ -280,6 +280,15 @@ class Decoder:
         return acceptance
 
 
+def _rows_on(path: Tensor, counts: Sequence[int], layout: VerifyLayout, verified: Verified) -> tuple[Tensor, Tensor]:
+    """Features `(B, P, 3 d)` and places `(B, P)` of the accepted nodes, -1 where there is none."""
+    if layout.tokens.shape[1] == 1 and all(counts):  # a plain step: the root of every row
+        return verified.features, layout.places[:, :1]
+    index = path.clamp(min=0)[..., None].expand(-1, -1, verified.features.shape[-1])
+    steps = torch.arange(path.shape[1], device=path.device)
+    return verified.features.gather(1, index), torch.where(path >= 0, layout.places[:, :1] + steps, -1)
+
+
 @torch.no_grad()
 def confu_generate(
     decoder: Decoder,
@@ -303,8 +312,11 @@ def confu_generate(
         decoder.drafter.recall(prompt.cache, prompt.input_ids)
     state, acceptance = decoder.start(prompt)
     with accelerated(decoder.target, decoder.drafter.network, pack_weights, products) as acceleration:
-        execution = f"pack_weights={pack_weights}, compiled={acceleration.compiled}"
-        decoder.policy.prepare(Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution))
+        decoder.expect = acceleration.expect
+        execution = f"pack_weights={pack_weights}, compiled={acceleration.execution.compiled}"
+        decoder.policy.prepare(
+            Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution, acceleration.expect)
+        )
         while True:
             if streamer is not None:
                 streamer.put(host.hold(acceptance.emitted[0]))
@@ -318,7 +330,7 @@ def confu_generate(
         streamer.end()
     sequences = decoder.batch.sequences(state)
     new_tokens = sum(map(len, decoder.batch.written(state))) - prompt.input_ids.numel()
-    stats = replace(decoder.tally.stats(new_tokens), **asdict(acceleration))
+    stats = replace(decoder.tally.stats(new_tokens), **asdict(acceleration.execution))
     if decoder.returns_cache:
         cache = decoder.close_cache(prompt.cache)
         if has_all_ids:

@@ -96,8 +96,8 @@ class FixedPolicy:
         )
 
     def prune(self, state: DecodingState, tree: DraftTree, steps: int) -> Chosen:
-        """All of it."""
-        return Chosen(tree, self.options.contemplate_tokens)
+        """All of it. Where nothing is drafted no one reads a future."""
+        return Chosen(tree, self.options.contemplate_tokens if self.options.total_tokens else 0)
 
     def finish(self) -> None:
         """Nothing to keep."""

@@ -118,14 +118,16 @@ class DecodingState:
 
     def advance(self, acceptance: Acceptance, features: Tensor) -> DecodingState:
         """The state after a round. `features` `(B, P, 3 d)`, of the accepted nodes."""
-        last = acceptance.counts_tensor.clamp(min=1) - 1  # (B,)
-        newest = features[torch.arange(len(last), device=features.device), last.to(features.device)]
-        kept = (acceptance.counts_tensor > 0).to(features.device)[:, None]
+        newest = features[:, 0]
+        if not all(count == 1 for count in acceptance.counts):
+            counts = acceptance.counts_tensor.to(features.device)  # (B,)
+            newest = features[torch.arange(len(counts), device=features.device), counts.clamp(min=1) - 1]
+            newest = torch.where((counts > 0)[:, None], newest, self.features)
         return DecodingState(
             input_ids=append(self.input_ids, self.lengths, acceptance.tokens, acceptance.counts),
             lengths=tuple(map(sum, zip(self.lengths, acceptance.counts, strict=True))),
             finished=acceptance.finished,
-            features=torch.where(kept, newest, self.features),
+            features=newest,
             position_offset=self.position_offset,
             max_length=self.max_length,
             emitted=acceptance.emitted,

@@ -80,6 +80,8 @@ class GenerationStats:
         lookup_reliability: the same of nodes that were looked up.
         compiled: whether the target computed with what `confu.compile()` built; if not,
             `not_compiled_because` says why.
+        single_rows_plain: whether passes of one row, rounds that draft nothing, went through its layers as in plain
+            decoding: nothing is packed, or a measurement found nothing faster.
         records: one per round.
     """
 
@@ -97,6 +99,7 @@ class GenerationStats:
     looked_up_tokens: int = 0
     compiled: bool = False
     not_compiled_because: str | None = None
+    single_rows_plain: bool = True
     records: tuple[RoundRecord, ...] = field(default=(), repr=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
@@ -23,11 +24,19 @@ class Bench:
     Args:
         target: the model. layer_ids: whose entering hidden states are asked for, as when decoding.
         draft: the network that drafts, if one does. execution: how the passes run: packed, compiled, ...
+        expect: told of the rows of every pass beforehand; None = no one wants to know.
     """
 
-    def __init__(self, target: PreTrainedModel, layer_ids: list[int], draft: PreTrainedModel | None, execution: str):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        layer_ids: list[int],
+        draft: PreTrainedModel | None,
+        execution: str,
+        expect: Callable[[int], None] | None = None,
+    ):
         self.target, self.layer_ids = target, layer_ids
-        self.draft, self.execution = draft, execution
+        self.draft, self.execution, self.expect = draft, execution, expect
 
     def key(self) -> CostKey:
         """What the costs of these models are kept under."""
@@ -55,6 +64,8 @@ class Bench:
         layout = verify_layout(
             tree, tree.tokens[:, :0], slot_position_ids=tree.tokens[:, :0], soft_prompt_length=0, lengths=[0]
         )
+        if self.expect is not None:
+            self.expect(rows)
         start = time.process_time()
         with stopwatch.phase("verify"):
             verify(self.target, layout, None, cache, self.layer_ids)

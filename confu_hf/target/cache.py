@@ -72,9 +72,9 @@ class TreeLayer(CacheLayerMixin):
         return self._view(0, self.length)[1] if self.is_initialized else None
 
     def _view(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        front = self.soft_prompt_length
-        keys, values = (buffer[:, :, front + start : front + stop] for buffer in self._buffers)
-        return keys, values
+        keys, values = self._buffers
+        slots = slice(self.soft_prompt_length + start, self.soft_prompt_length + stop)
+        return keys[:, :, slots], values[:, :, slots]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -366,13 +366,12 @@ class TreeCache(Cache):
                 fix="Call keep_path() once after each forward pass inside writing().",
             )
         self._written = 0
-        lengths = send(self.lengths, path.device)[:, None]
-        steps = torch.arange(path.shape[1], device=path.device)
         nodes = [[row for row in rows if row >= 0] for rows in path.tolist()] if nodes is None else nodes
         moved = [step for rows in nodes for step, row in enumerate(rows) if row != step]
         first = min(moved, default=path.shape[1])
         if first < path.shape[1]:  # the rows before already are where they belong
             kept = path[:, first:]
+            lengths, steps = send(self.lengths, path.device)[:, None], torch.arange(path.shape[1], device=path.device)
             target = torch.where(kept >= 0, lengths + steps[first:], -1)
             for layer in self.layers:
                 if layer.is_initialized:
@@ -388,9 +387,13 @@ class TreeCache(Cache):
 
     def _extend_positions(self, counts: Sequence[int]) -> None:
         known = self.slot_position_ids
+        width = known.shape[1]
+        if set(counts) == {1} and set(self.lengths) == {width}:  # a plain step
+            self.slot_position_ids = torch.cat([known, self.next_positions()], dim=1)
+            return
         start = send(self.lengths, known.device)[:, None]
         stop = start + send(list(counts), known.device)[:, None]
         size = max(length + count for length, count in zip(self.lengths, counts, strict=True))
         slots = torch.arange(size, device=known.device)
-        new = torch.nn.functional.pad(known, (0, size - known.shape[1]), value=-1)
+        new = torch.nn.functional.pad(known, (0, size - width), value=-1)
         self.slot_position_ids = torch.where((slots >= start) & (slots < stop), slots - self._padding, new)

@@ -102,13 +102,13 @@ def verify_layout(
             fix="Take them from one decoding state.",
         )
     device, width = tree.tokens.device, num_nodes + contemplate_nodes.shape[1]
-    no_slot = slot_position_ids.new_full((batch_size, 1), -1)
     if root_places is None:
-        root_places = torch.cat([no_slot, slot_position_ids], dim=1).amax(dim=1, keepdim=True) + 1
+        root_places = torch.nn.functional.pad(slot_position_ids, (1, 0), value=-1).amax(dim=1, keepdim=True) + 1
+    lengths = [slot_position_ids.shape[1]] * batch_size if lengths is None else lengths
+    if width == 1 and len(set(lengths)) == 1 and not has_gaps and not soft_prompt_length:
+        return _plain_step(tree, contemplate_nodes, slot_position_ids[:, : lengths[0]], root_places, position_offset)
     node_places = root_places + tree.depths
     places = torch.cat([node_places, node_places.gather(1, contemplate_nodes) + 1], dim=1)  # (B, Q)
-
-    lengths = [slot_position_ids.shape[1]] * batch_size if lengths is None else lengths
     rows = send(lengths, device)[:, None] + torch.arange(width, device=device)  # (B, Q) slots
     empty = max(lengths) + width - slot_position_ids.shape[1]
     slots = torch.nn.functional.pad(slot_position_ids, (0, empty), value=-1)  # (B, K)
@@ -116,15 +116,31 @@ def verify_layout(
     mask.scatter_(2, rows[:, None].expand(-1, width, -1), _row_mask(tree, contemplate_nodes))
     prompts = mask.new_zeros(batch_size, width, soft_prompt_length)
     prompts[:, num_nodes:] = True
+    no_places = slots.new_full((batch_size, soft_prompt_length), -1)
     return VerifyLayout(
         tokens=tree.tokens,
         contemplate_nodes=contemplate_nodes,
         position_ids=places + position_offset,
         places=places,
-        key_places=torch.cat([no_slot.expand(-1, soft_prompt_length), slots.scatter(1, rows, places)], dim=1),
+        key_places=torch.cat([no_places, slots.scatter(1, rows, places)], dim=1),
         mask=torch.cat([prompts, mask], dim=2),
         soft_prompt_length=soft_prompt_length,
-        sees_all=width == 1 and len(set(lengths)) == 1 and not has_gaps,
+    )
+
+
+def _plain_step(
+    tree: DraftTree, contemplate_nodes: Tensor, slots: Tensor, root_places: Tensor, position_offset: Tensor | int
+) -> VerifyLayout:
+    """The layout of roots alone that see all `slots` `(B, C)`, without index work."""
+    return VerifyLayout(
+        tokens=tree.tokens,
+        contemplate_nodes=contemplate_nodes,
+        position_ids=root_places + position_offset,
+        places=root_places,
+        key_places=torch.cat([slots, root_places], dim=1),
+        mask=torch.ones(len(slots), 1, slots.shape[1] + 1, dtype=torch.bool, device=slots.device),
+        soft_prompt_length=0,
+        sees_all=True,
     )
 
 
