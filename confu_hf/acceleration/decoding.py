@@ -89,8 +89,6 @@ def _compiled(
         return False, "the weights are not packed: see pack_weights"
     if not packed.compiled and packed.too_small:
         return False, f"no linear layer with {MIN_ELEMENTS} weights or more, only {packed.too_small} smaller ones"
-    if not packed.compiled and packed.too_small:
-        return False, f"no linear layer with {MIN_ELEMENTS} weights or more, only {packed.too_small} smaller ones"
     if not packed.compiled:
         return False, f"no plain linear layer with float32 weights on the CPU, but {target.dtype} on {target.device}"
     return True, None
