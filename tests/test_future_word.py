@@ -49,6 +49,12 @@ def test_it_starts_as_a_share_of_what_the_targets_head_says(tmp_path):
     assert draft.config.future_layer_ids == [*draft.config.target_layer_ids, target.config.num_hidden_layers]
 
 
+def test_an_eagle3_draft_knows_none():
+    shape = DraftShape(draft_vocab_size=40, future_word=True)
+    assert shape.config(tiny_llama(), contemplate=True).future_word
+    assert not shape.config(tiny_llama(), contemplate=False).future_word
+
+
 def test_a_fresh_one_is_silent():
     draft = tiny_pair(tiny_llama(), future_word=False)
     assert draft.word(torch.randn(1, 4 * 32, dtype=torch.float64)) is None

@@ -56,6 +56,7 @@ class DraftShape:
     def config(self, target: PreTrainedModel, *, contemplate: bool) -> ConFuConfig:
         """The draft's configuration for `target`."""
         fields = {name: value for name, value in asdict(self).items() if value is not None}
+        fields["future_word"] = self.future_word and contemplate
         fields["draft_vocab_size"] = min(self.draft_vocab_size, target.config.get_text_config().vocab_size)
         if "draft_hidden_size" in fields:
             fields["hidden_size"] = fields.pop("draft_hidden_size")

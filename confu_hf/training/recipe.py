@@ -73,7 +73,9 @@ class RecipeOptions:
     logging_steps: int = 10
     store_limit: float = 20.0  # gigabytes on disk for what the target says
     seed: int = 0
-    draft: DraftShape = field(default_factory=lambda: DraftShape(feedback_after_norm=True, fc_norm=True))
+    draft: DraftShape = field(
+        default_factory=lambda: DraftShape(feedback_after_norm=True, fc_norm=True, future_word=True)
+    )
     adapter: AdapterShape = field(default_factory=lambda: AdapterShape(lora_rank=16))
     objective: ConFuTrainingObjective = field(
         default_factory=lambda: ConFuTrainingObjective(
