@@ -5,6 +5,7 @@
     embedding of x_{i+1} (the target's) --------+                                                 |
                                                                                    norm --> lm_head --> x_{i+2}
     h'_i is fed back in place of h for the next drafted row, as it is or (feedback_after_norm) after the norm.
+    With `future_word`, the word of the last accepted node's contemplate token joins what the head reads of a round's first row.
 
 Row `i` holds position `i`: it knows `x_{i+1}` and the features at `i`, and predicts `x_{i+2}`. Example: prompt `a b c`,
 the target has just emitted `d`. The features of `c` (i = 2) and the token `d` (x_3) form row 2, which drafts x_4.
