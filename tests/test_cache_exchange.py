@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_caches import LAYERS, PROMPTS, filled, prompt_ids, soft_prompts, states
 from tiny_models import (
     LAYER_IDS,
     NUM_LAYERS,
-    VOCAB_SIZE,
     keep_softmax_in_float64,
     tiny_gemma3,
     tiny_llama,
@@ -20,31 +20,10 @@ from confu_hf.target.cache import TreeCache
 from confu_hf.target.exchange import check_cache, export_cache, import_cache
 from confu_hf.target.passes import prefill
 
-LAYERS, HEADS, DIM, PROMPTS = 3, 2, 4, 5
-
 
 @pytest.fixture(autouse=True)
 def _exact_softmax(monkeypatch):
     keep_softmax_in_float64(monkeypatch)
-
-
-def states(length: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(batch, HEADS, length, DIM), torch.randn(batch, HEADS, length, DIM)
-
-
-def soft_prompts() -> torch.Tensor:
-    return torch.randn(LAYERS, 2, PROMPTS, HEADS, DIM)
-
-
-def filled(length: int, batch: int = 1, prompts: torch.Tensor | None = None, **kwargs) -> TreeCache:
-    cache = TreeCache(LAYERS, prompts, **kwargs)
-    for i in range(LAYERS):
-        cache.update(*states(length, batch), i)
-    return cache
-
-
-def prompt_ids(batch: int = 1, length: int = 11) -> torch.Tensor:
-    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mistral, tiny_gemma3])
