@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+import _methods
 import torch
-from _methods import DEFAULT_CONFU
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -153,5 +153,5 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def watched(model: PreTrainedModel, args: argparse.Namespace, pair_class: type[Watched]) -> Watched:
     """The pair that is named, the one in `hub_cards/` for the default target, or none but the text itself."""
-    path = args.confu or (str(DEFAULT_CONFU) if args.target is None else None)
+    path = args.confu or (str(_methods.DEFAULT_CONFU) if args.target is None else None)
     return WatchedLookup(target=model) if path is None else pair_class.from_pretrained(path, target=model)
