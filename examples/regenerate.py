@@ -187,7 +187,7 @@ def packed(model: PreTrainedModel) -> AbstractContextManager:
     """Within it, the model computes with weights laid out for the CPU, in batches of any size."""
     if model.device.type != "cpu" or model.get_memory_footprint() > PACK_LIMIT_BYTES:
         return nullcontext()
-    return PackedLinears(model, max_rows=MAX_PREFILL_TOKENS).active()
+    return PackedLinears(model, max_rows=MAX_PREFILL_TOKENS["cpu"]).active()
 
 
 def answer_jobs(

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from _smollm2 import load_target
 from _templates import template_prompts
 from datasets import Dataset
 from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.utils import logging
 
 from confu_hf import ConFuAssistant
@@ -44,12 +45,13 @@ from confu_hf.acceleration.packing import packed_linears
 from confu_hf.errors import refusal
 from confu_hf.options import TreeOptions
 from confu_hf.training.answers import Question
+from confu_hf.training.budget import Budget, StageClock
 from confu_hf.training.data import ConversationCollator, load_conversations, split_held_out
 from confu_hf.training.module import ConFuForTraining, ConFuTrainingObjective
 from confu_hf.training.optimizer import product_dtype
 from confu_hf.training.overlap import OverlapIndex
 from confu_hf.training.pair import AdapterShape, DraftShape, open_store, starting_pair
-from confu_hf.training.recipe import SHARES, Recipe, RecipeOptions, summary
+from confu_hf.training.recipe import SHARES, UNLIMITED_STEPS, Recipe, RecipeOptions, StageCallback, summary
 from confu_hf.training.sharding import shard_target
 from confu_hf.training.trainer import ConFuTrainer
 
@@ -63,7 +65,12 @@ class ScriptArguments:
         default=None,
         metadata={"help": "all stages in --max_minutes, with settings of its own", "choices": list(SHARES)},
     )
-    max_minutes: float = field(default=15.0, metadata={"help": "what a recipe may take, interruptions left out"})
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "what a recipe (default 15) or a stage (default: no limit) may take, interruptions left out"
+        },
+    )
     prompts: list[str] | None = field(default=None, metadata={"help": "what a recipe has answered, as regenerate.py"})
     exclude: list[str] = field(
         default_factory=list, metadata={"help": "benchmarks: prompts that share text are left out"}
@@ -135,7 +142,7 @@ def run_recipe(
     print(f"{len(questions)} of {len(prompts)} prompts; the others share text with --exclude")
     options = RecipeOptions(
         recipe=arguments.recipe,
-        max_minutes=arguments.max_minutes,
+        max_minutes=RecipeOptions.max_minutes if arguments.max_minutes is None else arguments.max_minutes,
         max_length=arguments.max_length,
         seed=training.seed,
         adapter=adapter_shape,
@@ -146,6 +153,25 @@ def run_recipe(
 
     Recipe(training.output_dir, target, tokenizer, questions, ConFuAssistant, options, packed).run()
     print(summary(training.output_dir))
+
+
+def stage_clock(arguments: ScriptArguments, training: TrainingArguments) -> StageClock | None:
+    """The time of a stage that --max_minutes limits, which then ends it in place of a number of steps."""
+    if arguments.max_minutes is None:
+        return None
+    if training.max_steps <= 0:
+        training.max_steps = UNLIMITED_STEPS
+    path = Path(training.output_dir) / "budget.json"
+    identity = {"stage": arguments.stage, "seed": training.seed}
+    budget = Budget(path, identity, {arguments.stage: 1.0}, 60 * arguments.max_minutes)
+    return budget.start(arguments.stage)
+
+
+def falling(training: TrainingArguments, clock: StageClock) -> Callable[[int], float]:
+    """How far the learning rate is down its cosine at a step, by the clock; a constant one stays where it is."""
+    if training.lr_scheduler_type in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+        return lambda step: 0.0
+    return lambda step: clock.progress()
 
 
 def training_record(
@@ -184,6 +210,7 @@ def main() -> None:
     ends = target.generation_config.eos_token_id
     end_ids = list(ends) if isinstance(ends, list) else [ends]
     rows, held_out = load_rows(arguments, tokenizer)
+    clock = stage_clock(arguments, training)
     draft = starting_pair(
         ConFuAssistant,
         target,
@@ -214,6 +241,8 @@ def main() -> None:
         lora_learning_rate=arguments.lora_learning_rate,
         router_learning_rate=arguments.router_learning_rate,
         replay=draft.replay(tree) if arguments.trees else None,
+        progress=None if clock is None else falling(training, clock),
+        callbacks=None if clock is None else [StageCallback(clock, steps=None)],
     )
     checkpoint = training.resume_from_checkpoint
     if checkpoint == "auto":

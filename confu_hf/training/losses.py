@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+# Rows whose logits exist at one time: a CPU wants them in its caches, a GPU few and large products.
+CHUNK_ROWS = {"cpu": 512, "cuda": 8192}
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -90,7 +93,7 @@ def linear_kl(
     target_choice: torch.Tensor,
     target_rows: torch.Tensor,
     row_weights: torch.Tensor,
-    chunk: int = 512,
+    chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum over rows of KL(target || draft), with the draft's LM head inside.
 
@@ -102,11 +105,13 @@ def linear_kl(
         target_choice: `(P,)` long, the target's likeliest token as a draft id.
         target_rows: `(R,)` long, which of the `P` positions each draft row is compared with.
         row_weights: `(R,)` weights; 0 leaves a row out.
-        chunk: rows whose logits exist at one time.
+        chunk: rows whose logits exist at one time; None = as suits the device.
 
     Returns:
         The loss, a scalar in at least float32, and `(R,)` bool: the draft would propose the target's choice.
     """
+    if chunk is None:
+        chunk = CHUNK_ROWS.get(hidden_states.device.type, CHUNK_ROWS["cuda"])
     return _LinearKL.apply(
         hidden_states, head_weight, target_log_probs, target_choice, target_rows, row_weights, chunk
     )

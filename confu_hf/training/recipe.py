@@ -51,6 +51,7 @@ SHARES = {
     "confu": {"regenerate": 0.25, "eagle3": 0.25, "adapter": 0.1, "confu": 0.2, "twin": 0.1, "evaluate": 0.1},
 }
 CHECKPOINTS_PER_STAGE = 5
+UNLIMITED_STEPS = 10**6  # where the clock ends a stage
 ANCHORS_ALONE = 4  # times as many contemplate tokens where no draft runs
 EVALUATED_TOGETHER = 8  # sequences: rounds of several cost little more than rounds of one
 
@@ -252,7 +253,7 @@ class Recipe:
         on_cpu = self.target.device.type == "cpu"
         return TrainingArguments(
             str(folder),
-            max_steps=10**6,  # the clock ends it
+            max_steps=UNLIMITED_STEPS,
             per_device_train_batch_size=self.sizes.sequences,
             dataloader_num_workers=self.sizes.workers,
             learning_rate=self.options.learning_rate,

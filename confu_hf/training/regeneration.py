@@ -27,8 +27,9 @@ from ..errors import refusal
 from ..target.masks import model_mask
 from ..target.support import check_supported
 
-# A prefill pass takes prompts whose lengths differ by a quarter at most, and this many tokens, padding included.
-MAX_PREFILL_TOKENS = 2048
+# A prefill pass takes prompts whose lengths differ by a quarter at most, and this many tokens, padding included: as many as
+# keep a CPU's caches useful, or a GPU busy.
+MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def shared_prefix(requests: Sequence[Request]) -> int:
     return next((index for index, (a, b) in enumerate(pairs) if a != b), limit)
 
 
-def prefill_groups(lengths: Sequence[int], max_tokens: int = MAX_PREFILL_TOKENS) -> list[list[int]]:
+def prefill_groups(lengths: Sequence[int], max_tokens: int = MAX_PREFILL_TOKENS["cpu"]) -> list[list[int]]:
     """Indices into `lengths`, in groups of similar length: `[10, 90, 11]` -> `[[0, 2], [1]]`. Zeros are left out."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -288,7 +289,8 @@ class _Batch:
         taken = [self.waiting.popleft() for _ in free[: len(self.waiting)]]
         numbers = free[: len(taken)]
         bodies = [self.requests[index].tokens[self.prefix : -1] for index in taken]
-        for group in prefill_groups([len(body) for body in bodies]):
+        most = MAX_PREFILL_TOKENS.get(self.device.type, MAX_PREFILL_TOKENS["cuda"])
+        for group in prefill_groups([len(body) for body in bodies], most):
             self._read([numbers[i] for i in group], [bodies[i] for i in group], start=self.prefix)
         for number, index in zip(numbers, taken, strict=True):
             request = self.requests[index]

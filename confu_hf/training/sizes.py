@@ -16,7 +16,7 @@ from ..target.geometry import attention_geometry
 USED_SHARE = 0.5
 # More rows of a training step than these learn less from each token, so they are the most, not the aim: a young draft learns
 # from steps, and a CPU has few of them to give.
-MOST_SEQUENCES = {"cpu": 2, "cuda": 16}
+MOST_SEQUENCES = {"cpu": 2, "cuda": 48}
 MOST_ANSWERS = {"cpu": 64, "cuda": 1024}
 # Tensors as wide as the hidden state that a position keeps for the backward pass, per test-time step.
 STATES_PER_STEP = 40
