@@ -8,7 +8,7 @@ from oracles import make_oracle
 from tiny_models import tiny_gemma2, tiny_gemma3, tiny_llama
 from transformers import AttentionInterface
 
-from confu_hf.acceleration.attention import GROUPED, grouped_attention, grouped_queries
+from confu_hf.acceleration.attention import GROUPED, folded_attention, grouped_attention, grouped_queries
 
 PROMPT = torch.arange(3, 12)[None]
 
@@ -41,6 +41,18 @@ def test_equal_to_sdpa(rows, groups, scaling, masked):
     expected, _ = AttentionInterface()["sdpa"](*arguments, scaling=scaling)
     assert weights is None and got.shape == (2, rows, 2 * groups, 8)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_heads_as_rows_are_equal_to_sdpa(rows, batch, boolean):
+    """What a GPU computes; the mask may be one for all rows of the batch."""
+    query, key, value, mask = states(rows, 3)
+    mask = mask[:batch]
+    got = folded_attention(query, key, value, mask == 0 if boolean else mask, scale=0.2)
+    expected, _ = AttentionInterface()["sdpa"](module(3), query, key, value, mask, scaling=0.2)
+    torch.testing.assert_close(got.transpose(1, 2), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_bias_of_the_layer_is_left_to_sdpa():
