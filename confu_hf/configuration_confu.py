@@ -102,8 +102,9 @@ class ConFuConfig(PreTrainedConfig):
         draft_vocab_size: rows of the draft's LM head; `d2t`/`t2d` map between draft and target ids.
         contemplate: whether the draft has the future-token modules and comes with an adapter.
         num_future_experts, num_future_experts_per_token: the mixture `MoE_f` of the future token.
-        future_word: what the contemplate token itself would say next joins the logits of the first drafted row. The future
-            then carries the token's last hidden state, too.
+        future_words: contemplate tokens in a row behind a node, each of which speaks: what token `k` itself would say next
+            joins the logits of the drafted rows of depth `k`. The future then carries their last hidden states, too. 0 =
+            one token, and its features alone. `future_word=True`, as older files have it, is 1.
         initializer_range: standard deviation of the initial weights.
         base_model_name_or_path: name of the target that the draft was made for, where known.
         target_fingerprint, tokenizer_fingerprint: of that target's weights and of its vocabulary (`hub/fingerprint.py`).
@@ -137,7 +138,7 @@ class ConFuConfig(PreTrainedConfig):
     contemplate: bool = True
     num_future_experts: int = 8
     num_future_experts_per_token: int = 2
-    future_word: bool = False
+    future_words: int = 0
     initializer_range: float = 0.02
     base_model_name_or_path: str | None = None
     target_fingerprint: str | None = None
@@ -162,6 +163,8 @@ class ConFuConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
+        if kwargs.pop("future_word", False):
+            self.future_words = max(self.future_words, 1)
         self._check_geometry()
         self._set_rope(kwargs.pop("rope_scaling", None))
         super().__post_init__(**kwargs)
@@ -173,8 +176,13 @@ class ConFuConfig(PreTrainedConfig):
 
     @property
     def future_layer_ids(self) -> list[int]:
-        """The hidden states of a contemplate token that make a future: the features, and with `future_word` the last."""
-        return self.target_layer_ids + [self.target_num_hidden_layers] * self.future_word
+        """The hidden states of a contemplate token that make a future: the features, and with `future_words` the last."""
+        return self.target_layer_ids + [self.target_num_hidden_layers] * (self.future_words > 0)
+
+    @property
+    def contemplate_length(self) -> int:
+        """Contemplate tokens in a row behind a node."""
+        return max(1, self.future_words)
 
     def _set_rope(self, rope_scaling: dict | None) -> None:
         """Bring `rope_theta`, `rope_parameters` and the older `rope_scaling` to one form, and check it."""
@@ -224,6 +232,8 @@ class ConFuConfig(PreTrainedConfig):
             _refuse("fc_norm=True and norm_before_fc=True", "one of them: norms apart, or one norm over all features")
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             _refuse(f"draft_vocab_size={self.draft_vocab_size}", f"a number in [1, vocab_size={self.vocab_size}]")
+        if self.future_words < 0:
+            _refuse(f"future_words={self.future_words}", "0 or more")
         if not 1 <= self.num_future_experts_per_token <= self.num_future_experts:
             _refuse(
                 f"num_future_experts_per_token={self.num_future_experts_per_token}",

@@ -5,7 +5,7 @@
     embedding of x_{i+1} (the target's) --------+                                                 |
                                                                                    norm --> lm_head --> x_{i+2}
     h'_i is fed back in place of h for the next drafted row, as it is or (feedback_after_norm) after the norm.
-    With `future_word`, the word of the last accepted node's contemplate token joins what the head reads of a round's first row.
+    With `future_words`, those of the last accepted node's contemplate tokens join what the head reads of a round's first rows.
 
 Row `i` holds position `i`: it knows `x_{i+1}` and the features at `i`, and predicts `x_{i+2}`. Example: prompt `a b c`,
 the target has just emitted `d`. The features of `c` (i = 2) and the token `d` (x_3) form row 2, which drafts x_4.
@@ -171,8 +171,8 @@ class ConFuDraftModel(PreTrainedModel):
                 width, width, config.num_future_experts, config.num_future_experts_per_token
             )
             self.future_skip = ClosedLinear(width, width, bias=False)
-            if config.future_word:
-                self.future_word = ClosedLinear(config.target_hidden_size, width, bias=False)
+            if config.future_words:
+                self.future_word = ClosedLinear(config.target_hidden_size, config.future_words * width, bias=False)
         # Caches outlive calls: by this a draft knows its own again, and so does its copy.
         self.instance_key = uuid.uuid4().hex
         self._frequencies: dict[torch.device, tuple[torch.Tensor, float]] = {}
@@ -236,12 +236,18 @@ class ConFuDraftModel(PreTrainedModel):
         features are."""
         return self.future_fc(self._normed(futures[..., : self.fc.in_features]))
 
-    def word(self, futures: torch.Tensor) -> torch.Tensor | None:
-        """What contemplate tokens say next, as [`logits`] reads it: `(..., d)`; None without `config.future_word`.
+    def words(self, futures: torch.Tensor) -> torch.Tensor | None:
+        """What contemplate tokens say next, as [`logits`] reads it: `(..., n, d)`, word `k` for the rows of depth `k`; None
+        without `config.future_words`.
 
-        `futures` `(..., 4 d)`, the last `d` of them the state that the target's head would read, zeros for none.
+        `futures` `(..., 3 d + n d)`, behind the features the states that the target's head would read, zeros for none.
         """
-        return self.future_word(futures[..., self.fc.in_features :]) if self.config.future_word else None
+        count = self.config.future_words
+        if not count:
+            return None
+        states = futures[..., self.fc.in_features :].unflatten(-1, (count, -1))
+        every = self.future_word(states).unflatten(-1, (count, -1))  # (..., token, word, d); a token has its own map
+        return every.diagonal(dim1=-3, dim2=-2).movedim(-1, -2)
 
     def _normed(self, features: torch.Tensor) -> torch.Tensor:
         if self.config.norm_before_fc:
@@ -292,7 +298,7 @@ class ConFuDraftModel(PreTrainedModel):
 
         Args:
             hidden_states: `(..., d)` `h_v` of the last verified row.
-            futures: `(..., 3 d)` the contemplate token's features `f_v` (with `config.future_word`, more behind them).
+            futures: `(..., 3 d)` the contemplate token's features `f_v` (with `config.future_words`, more behind them).
 
         Returns:
             `MoE_f(h_v)` and `W_f f_v`, each `(..., d)`: they take the places of the token embedding and of the hidden
@@ -347,7 +353,7 @@ class ConFuDraftModel(PreTrainedModel):
     def logits(self, hidden_states: torch.Tensor, word: torch.Tensor | None = None) -> torch.Tensor:
         """`hidden_states` `(..., d)` -> `(..., draft_vocab_size)` over draft ids; map with [`draft_token_ids`].
 
-        `word` `(..., d)`, from [`word`], for the row that starts a round: its logits are added.
+        `word` `(..., d)`, the one of [`words`] that belongs to these rows: its logits are added.
         """
         states = self.head_inputs(hidden_states)
         return self.lm_head(states if word is None else states + word)

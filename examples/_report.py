@@ -25,7 +25,9 @@ def condensed(result: dict[str, Any]) -> dict[str, Any]:
     records = stats.pop("records")
     stats["accepted"] = [count for record in records for count in record["accepted"]]
     stats["drafted"] = [record["nodes"] - 1 for record in records]
-    stats["rows"] = [record["nodes"] + record["contemplate_tokens"] for record in records]
+    stats["rows"] = [
+        record["nodes"] + record["contemplate_length"] * record["contemplate_tokens"] for record in records
+    ]
     stats["verify_ms"] = [round(1000 * record["seconds"]["verify"], 3) for record in records]
     stats["phase_seconds"] = {name: sum(record["seconds"][name] for record in records) for name in PHASES}
     return {**result, "stats": stats}

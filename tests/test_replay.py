@@ -59,11 +59,11 @@ def known(target, layer_ids, texts) -> KnownTexts:
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("contemplate_tokens", [None, 2, 0], ids=["all", "two", "eagle3"])
 @pytest.mark.parametrize("oracle", [True, False], ids=["oracle", "network"])
-@pytest.mark.parametrize("future_word", [True, False], ids=["word", ""])
-def test_the_rounds_are_those_of_generate(architecture, contemplate_tokens, oracle, future_word):
+@pytest.mark.parametrize("future_words", [0, 1, 2])
+def test_the_rounds_are_those_of_generate(architecture, contemplate_tokens, oracle, future_words):
     """In batches of sequences of different lengths, each with rounds of its own."""
     target = ARCHITECTURES[architecture]()
-    confu = make_assistant(target, Recorded, future_word=future_word)
+    confu = make_assistant(target, Recorded, future_words=future_words)
     confu.oracle = oracle
     options = {"contemplate": False} if contemplate_tokens == 0 else {"contemplate_tokens": contemplate_tokens}
     answers = [written(target, confu, prompt, **options) for prompt in PROMPTS]

@@ -40,8 +40,10 @@ VARIANTS = {
     "norm_before_residual": {"norm_before_residual": True, "qk_norm": True},
     "own embeddings": {"own_embeddings": True, "target_layer_ids": [1, 2, 4]},
     "gated LoRA": {"lora_rank": 2},
-    "future word": {"future_word": True},
-    "future word, after the norm": {"future_word": True, "feedback_after_norm": True, "fc_norm": True},
+    "future word": {"future_words": 1},
+    "future word, after the norm": {"future_words": 1, "feedback_after_norm": True, "fc_norm": True},
+    "two words": {"future_words": 2, "lora_rank": 2},
+    "three words, after the norm": {"future_words": 3, "feedback_after_norm": True},
     "narrow, scaled": {"hidden_size": 16, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
 }
 
@@ -104,11 +106,14 @@ def decoded_round(target, draft, tokens, row: int, lag: int):
         nodes,
         slot_position_ids=torch.arange(known)[None],
         soft_prompt_length=cache.soft_prompt_length,
+        contemplate_length=draft.config.contemplate_length,
     )
     embedding = target.confu.contemplate_embedding(features[:, -1]) if contemplate else None
     future_ids = draft.config.future_layer_ids
-    contemplator = Contemplator(target, target.confu, target.confu.current, future_ids) if contemplate else None
-    with contemplator.acting(1) if contemplate else nullcontext():
+    arguments = (
+        (target, target.confu, target.confu.current, future_ids, layout.contemplate_length) if contemplate else ()
+    )
+    with Contemplator(*arguments).acting(layout.contemplate_length) if contemplate else nullcontext():
         verified = verify(target, layout, embedding, cache, ids, future_layer_ids=future_ids)
     drafter = NetworkDrafter(draft, draft.input_embeddings(target.get_input_embeddings()))
     everything = torch.cat([features, verified.features], dim=1)
@@ -159,7 +164,7 @@ def check_every_row_and_step(target, draft, lag, monkeypatch):
 
 def test_a_slip_of_the_future_would_be_seen(monkeypatch):
     """The negative control: soft prompts, the source of the contemplate token and its position all matter, and its word."""
-    target, draft = pair("llama", "kv", lora_rank=2, future_word=True)
+    target, draft = pair("llama", "kv", lora_rank=2, future_words=2)
     batch = ConversationCollator(0)(conversations((PROMPT, LENGTH)))
     outputs, rows = trained_outputs(target, draft, batch, lag=1, monkeypatch=monkeypatch)
     row = rows.starts[0, 3].item()
@@ -176,9 +181,10 @@ def test_a_slip_of_the_future_would_be_seen(monkeypatch):
         assert differs(), name
         weights[name].copy_(kept)
     with torch.no_grad():
-        draft.future_word.weight.neg_()
-        assert differs(), "future_word"
-        draft.future_word.weight.neg_()
+        for word in draft.future_word.weight.unflatten(0, (2, -1)):
+            word.neg_()
+            assert differs(), "future_word"
+            word.neg_()
     with torch.no_grad():
         other_lag = decoded_round(target, draft, batch["input_ids"], row, 2)
     assert (other_lag - outputs[:, 0, 3]).abs().max() > 1e-4

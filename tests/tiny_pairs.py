@@ -23,7 +23,7 @@ def tiny_pair(target: PreTrainedModel, *, seed: int = 0, **config) -> ConFuAssis
         confu.set_draft_vocabulary(torch.randperm(VOCAB_SIZE)[: fields["draft_vocab_size"]])
         if confu.config.contemplate:
             torch.nn.init.normal_(confu.future_skip.weight, std=0.2)
-            if confu.config.future_word:
+            if confu.config.future_words:
                 torch.nn.init.normal_(confu.future_word.weight, std=0.2)
         for parameter in confu.parameters():
             if parameter.ndim == 1:

@@ -241,7 +241,13 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
     def contemplator(self, target: PreTrainedModel) -> Contemplator:
         """Contemplation with this assistant's own adapter, or with the target's active one."""
         layer = confu_layer(target)
-        return Contemplator(target, layer, self.adapter_name(target) or layer.current, self.config.future_layer_ids)
+        name = self.adapter_name(target) or layer.current
+        return Contemplator(target, layer, name, self.config.future_layer_ids, self.contemplate_length)
+
+    @property
+    def contemplate_length(self) -> int:
+        """Contemplate tokens in a row behind a node."""
+        return self.config.contemplate_length
 
     def replay(self, options: TreeOptions) -> TreeReplay:
         """Counts the accepted tokens of texts that are known, with trees of `options` on the attached target.

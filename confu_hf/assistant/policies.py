@@ -15,6 +15,8 @@ from ..options import TreeOptions
 class DecidesRounds:
     """An assistant's part that decides what a round may spend."""
 
+    contemplate_length = 1  # rows of a pass that a node's contemplate tokens take
+
     @property
     def experience(self) -> Experience:
         """What earlier calls of this assistant have shown."""
@@ -35,4 +37,8 @@ class DecidesRounds:
         Args:
             options: the tree options of this call, those of `generation_config` and of `generate` put together.
         """
-        return FixedPolicy(options) if options.policy == "fixed" else CostPolicy(options, self.experience)
+        return (
+            FixedPolicy(options)
+            if options.policy == "fixed"
+            else CostPolicy(options, self.experience, self.contemplate_length)
+        )

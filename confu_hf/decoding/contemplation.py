@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 from ..adapter.layer import ConFuLayer
 from ..host import send
 from ..target.context import ContemplateContext
-from ..target.passes import Verified, contemplate_anchors
+from ..target.passes import Verified, as_futures, contemplate_anchors
 from ..target.soft_prompts import SoftPrompts, soft_prompt_key_values
 from ..tree.draft_tree import DraftTree
 from ..tree.ends import likeliest_ends, nearest_contemplated
@@ -28,10 +28,19 @@ class Contemplator:
     Args:
         target: the model. layer: the adapters on it. adapter_name: which of them.
         layer_ids: whose entering hidden states make a future: those of the features, and perhaps the last one.
+        length: contemplate tokens in a row behind a node.
     """
 
-    def __init__(self, target: PreTrainedModel, layer: ConFuLayer, adapter_name: str, layer_ids: Sequence[int]):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        layer: ConFuLayer,
+        adapter_name: str,
+        layer_ids: Sequence[int],
+        length: int = 1,
+    ):
         self.target, self.layer, self.adapter_name, self.layer_ids = target, layer, adapter_name, layer_ids
+        self.length = length
         config = layer.configs[adapter_name]
         self.num_features = len(config.target_layer_ids) * config.target_hidden_size
         self.low_rank = layer.low_rank(target, adapter_name)
@@ -62,13 +71,16 @@ class Contemplator:
             positions: `(B, A)` long.
 
         Returns:
-            Futures `(B, A, 3 d)`, or `(B, A, 4 d)` with the last hidden state.
+            Futures `(B, A, 3 d)`, or `(B, A, 3 d + n d)` with the last hidden states.
         """
         embeddings = self.embedding(features)[:, None].expand(-1, positions.shape[1], -1)
         visible = torch.arange(cache.get_seq_length(), device=positions.device) <= positions[..., None]
         context = ContemplateContext(cache, self.soft_prompts())
         with self.acting():
-            return contemplate_anchors(self.target, context, embeddings, positions + 1, visible, self.layer_ids)[0]
+            states = contemplate_anchors(
+                self.target, context, embeddings, positions + 1, visible, self.layer_ids, self.length
+            )[0]
+        return as_futures(states, self.length, self.num_features)
 
     def future(
         self, tree: DraftTree, nodes: Tensor, verified: Verified, acceptance: Acceptance, known: Sequence[bool]
@@ -79,7 +91,7 @@ class Contemplator:
             known: of each batch row, whether a node of its path carried one.
 
         Returns:
-            `(B, 3 d)`, or `(B, 4 d)`, and `(B,)` bool, which rows have one, None = all; None and None if no row has.
+            `(B, 3 d)`, or `(B, 3 d + n d)`, and `(B,)` bool, which rows have one, None = all; None and None if no row has.
         """
         if not any(known):
             return None, None
@@ -91,8 +103,8 @@ class Contemplator:
         return future, None if all(known) else send(known, nearest.device)
 
     def timely(self, futures: Tensor, fresh: Tensor) -> Tensor:
-        """`futures` `(B, ...)` without the word of those that are not `fresh` `(B,)` bool: an ancestor's contemplate token
-        speaks of a token that is decided by now. Its features stay."""
+        """`futures` `(B, ...)` without the words of those that are not `fresh` `(B,)` bool: an ancestor's contemplate tokens
+        begin with one that is decided by now. Its features stay."""
         if futures.shape[-1] == self.num_features:
             return futures
         features, words = futures.split([self.num_features, futures.shape[-1] - self.num_features], dim=-1)

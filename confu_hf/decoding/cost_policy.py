@@ -72,10 +72,11 @@ class CostPolicy:
 
     Args:
         options: the limits. experience: what is known from earlier calls; it goes on learning.
+        contemplate_length: contemplate tokens, and so rows, of each contemplated node.
     """
 
-    def __init__(self, options: TreeOptions, experience: Experience):
-        self.options, self.experience = options, experience
+    def __init__(self, options: TreeOptions, experience: Experience, contemplate_length: int = 1):
+        self.options, self.experience, self.contemplate_length = options, experience, contemplate_length
         self.calibration = experience.calibrations[options.contemplate]
         self.costs, self.bench = CostModel(), None
         self.gain = RunningMean(FIRST_GAIN, 2)
@@ -259,7 +260,7 @@ class CostPolicy:
     def _learn(self, record: RoundRecord) -> None:
         """What the round cost, which nodes were accepted, and whether drafting paid."""
         this = self.round
-        rows = len(record.accepted) * (record.nodes + record.contemplate_tokens)
+        rows = len(record.accepted) * record.rows
         seconds = dict(record.seconds)
         draft_seconds = seconds.pop("draft", 0.0)
         steps = 0 if this.reads_backlog else this.steps
@@ -328,7 +329,8 @@ class CostPolicy:
             limit,
             sum(self.round.active),
             cache(lambda more: drafting + self._pass_seconds(more)),
-            [row[: max(0, limit - nodes)] for nodes, row in enumerate(futures)],
+            [row[: max(0, limit - nodes) // self.contemplate_length] for nodes, row in enumerate(futures)],
+            self.contemplate_length,
         )
 
     def _stake(self) -> float:

@@ -112,6 +112,7 @@ class NetworkDrafter(Drafter):
         self.hidden_states: Tensor | None = None  # (B, W, d) of the newest layer
         self.ancestors: Tensor | None = None  # (B, W, rows so far) bool, of the newest layer; the start row is row 0
         self.position_ids: Tensor | None = None  # (B, 1), of the start row
+        self.words: list[Tensor] = []  # (B, 1, d) each, for this layer's head and those of the layers to come
         self.future_known: Tensor | None = None  # (B, 1) bool; None = no row has a future token
         self.futures_whole = True  # known to the host: all rows have one, or none has
 
@@ -159,9 +160,9 @@ class NetworkDrafter(Drafter):
     @torch.no_grad()
     def distribution(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """[`tree.drawing.DistributionStep`]: `(B, W, draft_vocab_size)` logits behind `tokens` `(B, W)`."""
-        skip = word = None
+        skip = None
         if parents is None:
-            skip, word = self._start()
+            skip, self.words = self._start()
         else:
             width = tokens.shape[1]
             itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(tokens.shape[0], -1, -1)
@@ -171,11 +172,11 @@ class NetworkDrafter(Drafter):
             self.hidden_states = self.hidden_states.gather(1, index.expand(-1, -1, self.hidden_states.shape[-1]))
             self.position_ids = self.position_ids + 1
         self._run_layer(tokens, skip)
-        return self.draft.logits(self.hidden_states, word)
+        return self.draft.logits(self.hidden_states, self.words.pop(0) if self.words else None)
 
-    def _start(self) -> tuple[Tensor | None, Tensor | None]:
+    def _start(self) -> tuple[Tensor | None, list[Tensor]]:
         """Read the waiting rows, get the start row ready; returns what the future token adds to its residual stream, and
-        to what its head reads."""
+        to what the heads of this layer and the following ones read."""
         rows = Rows.joined(self.waiting).newest_last()
         # Copied: a view would hold on to the features of a whole prompt.
         newest = (states[:, -1:].clone() for states in (rows.tokens, rows.features, rows.position_ids))
@@ -187,7 +188,7 @@ class NetworkDrafter(Drafter):
         self.hidden_states, self.position_ids = hidden_states[:, -1:], rows.position_ids[:, -1:]
         self.ancestors = torch.ones(len(rows.tokens), 1, 1, dtype=torch.bool, device=rows.tokens.device)
         self.future_known, self.futures_whole = None, rows.future is None or rows.future_known is None
-        return (None, None) if rows.future is None else self._write_future(rows)
+        return (None, []) if rows.future is None else self._write_future(rows)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens).to(device=self.draft.device, dtype=self.draft.dtype)
@@ -205,9 +206,9 @@ class NetworkDrafter(Drafter):
             self.draft.write_rows(embeds, hidden_states, position_ids.clamp(min=0), self.cache)
         self.cache.commit(counts)
 
-    def _write_future(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def _write_future(self, rows: Rows) -> tuple[Tensor, list[Tensor]]:
         """Write the future token behind the committed rows; returns `(B, 1, d)` for the start row's residual stream, and for
-        its head."""
+        the heads of the first layers."""
         layer = self.draft.midlayer
         known = rows.future_known
         self.future_known = torch.ones_like(rows.tokens[:, -1:]).bool() if known is None else known[:, None]
@@ -217,8 +218,9 @@ class NetworkDrafter(Drafter):
         rotary = self.draft.rotary(self.position_ids + 1, inputs.dtype)
         with self.cache.writing(self.cache.slots_behind(1, batch_size=len(rows.tokens))):
             self.cache.update(*layer.self_attn.key_value(inputs, *rotary), 0)
-        here, word = self.future_known[..., None].to(states), self.draft.word(futures)
-        return self.draft.future_skip(states) * here, None if word is None else word * here
+        here, words = self.future_known[..., None].to(states), self.draft.words(futures)
+        words = [] if words is None else list((words * here[..., None]).unbind(-2))
+        return self.draft.future_skip(states) * here, words
 
     def _run_layer(self, tokens: Tensor, skip: Tensor | None) -> None:
         width, drafted = self.ancestors.shape[1:]

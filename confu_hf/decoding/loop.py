@@ -161,6 +161,7 @@ class Decoder:
             fresh=tuple(bool(row and row[-1]) for row in contemplated),
             forecasts=chosen.forecasts,
             looked_up=tuple(map(sum, looked_up)),
+            contemplate_length=layout.contemplate_length,
         )
 
     def _layout(self, tree: DraftTree, contemplate_tokens: int | None, state: DecodingState) -> VerifyLayout:
@@ -172,6 +173,7 @@ class Decoder:
             nodes,
             slot_position_ids=self.cache.slot_position_ids,
             soft_prompt_length=self.cache.soft_prompt_length if nodes.shape[1] else 0,
+            contemplate_length=1 if self.contemplator is None else self.contemplator.length,
             lengths=self.cache.lengths,
             root_places=self.cache.next_positions(),
             position_offset=state.position_offset,
@@ -179,7 +181,7 @@ class Decoder:
         )
 
     def _verify(self, layout: VerifyLayout, state: DecodingState) -> Verified:
-        count = layout.contemplate_nodes.shape[1]
+        count = layout.contemplate_rows
         if not count:
             return verify(self.target, layout, None, self.cache, self.layer_ids, self.outputs.asked)
         embedding = self.contemplator.embedding(state.features)

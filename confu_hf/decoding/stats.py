@@ -43,13 +43,14 @@ class RoundRecord:
     Attributes:
         accepted: tokens emitted, by batch row; 0 for a row that had ended.
         nodes: tree nodes of a batch row that went through the target, root included.
-        contemplate_tokens: contemplate tokens of a batch row.
+        contemplate_tokens: of them, those with contemplate tokens.
         seconds: wall time of each of [`PHASES`], as the device saw it.
         path: accepted nodes of each batch row, the root's 0 first; empty for a row that had ended.
         ended: whether a row ended in this round, or before.
         fresh: whether a row's last accepted node carried a contemplate token of its own.
         forecasts: what the policy expected, by batch row; empty if it calculated nothing.
         looked_up: how many of the accepted tokens were drafted by lookup, by batch row.
+        contemplate_length: contemplate tokens behind each contemplated node.
     """
 
     accepted: tuple[int, ...]
@@ -61,6 +62,12 @@ class RoundRecord:
     fresh: tuple[bool, ...] = ()
     forecasts: tuple[Forecast, ...] = ()
     looked_up: tuple[int, ...] = ()
+    contemplate_length: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of a batch row, in the verify pass."""
+        return self.nodes + self.contemplate_length * self.contemplate_tokens
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class Tally:
             mean_accepted_length=mean_accepted_length(paths),
             acceptance_by_depth=acceptance_by_depth(paths),
             verified_nodes=sum(record.nodes * len(record.accepted) for record in self.records),
-            contemplate_tokens=sum(record.contemplate_tokens * len(record.accepted) for record in self.records),
+            contemplate_tokens=sum((record.rows - record.nodes) * len(record.accepted) for record in self.records),
             seconds_draft=seconds["draft"],
             seconds_verify=seconds["verify"],
             seconds_rest=elapsed - seconds["draft"] - seconds["verify"],

@@ -42,7 +42,7 @@ def ranked(joint: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Best:
-    """The numbers of nodes and of contemplate tokens of each batch row that bring the most tokens a second: `nodes`, the
+    """The numbers of nodes and of contemplated nodes of each batch row that bring the most tokens a second: `nodes`, the
     root not counted, with the `tokens` expected of all rows in this round and its `seconds`."""
 
     nodes: int
@@ -57,6 +57,7 @@ def best_number(
     active: int,
     seconds: Callable[[int], float],
     futures: Sequence[Sequence[float]] = (),
+    contemplate_length: int = 1,
 ) -> Best:
     """Every number of nodes is looked at: the cost of a pass has steps. Nodes and contemplate tokens share the rows up to
     the next step, so they are chosen together.
@@ -65,14 +66,15 @@ def best_number(
         gains: tokens expected of the first, second, ... node, of all batch rows together.
         limit: the most nodes. active: batch rows that have not ended, each sure of one token.
         seconds: of a round with so many rows beside the root, for each batch row.
-        futures: for 0, 1, ... nodes, the tokens that 1, 2, ... contemplate tokens bring to the next round; never falling.
+        futures: for 0, 1, ... nodes, the tokens that 1, 2, ... contemplated nodes bring to the next round; never falling.
+        contemplate_length: rows that each of these takes.
     """
     tokens, best, value = float(active), Best(0, float(active), seconds(0)), float(active)
     for number in range(min(limit, len(gains)) + 1):
         tokens += gains[number - 1] if number else 0.0
         brought = (0.0, *futures[number]) if futures else (0.0,)
         for count, more in enumerate(brought):
-            cost = seconds(number + count)
+            cost = seconds(number + contemplate_length * count)
             if (tokens + more) * best.seconds > value * cost:
                 best, value = Best(number, tokens, cost, count), tokens + more
             elif (tokens + brought[-1]) * best.seconds <= value * cost:

@@ -58,8 +58,9 @@ class Prefilled:
 @dataclass(frozen=True)
 class Verified:
     """`logits` `(B, T+1, V)` and `features` `(B, T+1, 3 d)` of the tree's nodes, index 0 the root; `futures` of the
-    contemplate tokens, `(B, M, 3 d)` or what `future_layer_ids` asked for, in the order of `layout.contemplate_nodes`,
-    None if there were none; `states` of all rows."""
+    contemplate tokens, `(B, M, 3 d)`, in the order of `layout.contemplate_nodes`, None if there were none: the features of
+    each node's first one and, if `future_layer_ids` asked for it, the last hidden states of all `n`, `(B, M, 3 d + n d)`;
+    `states` of all rows."""
 
     logits: Tensor
     features: Tensor
@@ -160,7 +161,7 @@ def verify(
         contemplate_embedding: `(B, d)`, the input of all contemplate tokens; None only if the layout has none.
         future_layer_ids: `layer_ids` and perhaps the last hidden state, for contemplate tokens alone; None = `layer_ids`.
     """
-    num_nodes, num_contemplate = layout.tokens.shape[1], layout.contemplate_nodes.shape[1]
+    num_nodes, num_contemplate = layout.tokens.shape[1], layout.contemplate_rows
     if not num_contemplate or future_layer_ids is None:
         future_layer_ids = layer_ids
     _check_layout(layout, contemplate_embedding, cache)
@@ -191,9 +192,18 @@ def verify(
     return Verified(
         logits=output.logits[:, :num_nodes],  # a model that ignores logits_to_keep returns all Q rows
         features=features[:, :num_nodes, :num_features],
-        futures=features[:, num_nodes:] if num_contemplate else None,
+        futures=as_futures(features[:, num_nodes:], layout.contemplate_length, num_features)
+        if num_contemplate
+        else None,
         states=_states(output, asked),
     )
+
+
+def as_futures(states: Tensor, length: int, num_features: int) -> Tensor:
+    """What contemplate tokens leave, `(B, n M, F)`, all first ones before all second ones, as futures of their nodes:
+    `(B, M, num_features + n (F - num_features))`, features of the first one and what else there is of all of them."""
+    parts = states.chunk(length, dim=1)
+    return torch.cat([parts[0], *(part[..., num_features:] for part in parts[1:])], dim=-1)
 
 
 def _check_layout(layout: VerifyLayout, contemplate_embedding: Tensor | None, cache: TreeCache) -> None:
@@ -224,34 +234,42 @@ def contemplate_anchors(
     position_ids: Tensor,
     context_mask: Tensor,
     layer_ids: Sequence[int],
+    length: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Training: the contemplate tokens of `K` anchors in one pass against a finished context; no logits are computed.
 
-    Each token attends to the soft prompts, its own part of the context and itself, as in `verify()`. Gradients reach
-    `embeddings` and the soft prompts in `context`.
+    Each token attends to the soft prompts, its own part of the context, those of its anchor before it and itself, as in
+    `verify()`. Gradients reach `embeddings` and the soft prompts in `context`.
 
     Args:
-        embeddings: `(B, K, d)`.
+        embeddings: `(B, K, d)`, of all tokens of an anchor.
         position_ids: `(B, K)`, the anchor's position plus one.
         context_mask: `(B, K, C)` bool, the context up to and including the anchor, without padding.
             Anchor at slot 2 of an unpadded sequence of 4: mask `1 1 1 0`, position 3.
+        length: contemplate tokens in a row behind an anchor, `n`.
 
     Returns:
-        Futures `(B, K, 3 d)`, and what the head would read, `(B, K, d)`.
+        Hidden states of the layers `(B, n K, 3 d)`, and what the head would read, `(B, n K, d)`: of all first tokens, then
+        of all second ones, ...
     """
     check_no_checkpointing(model)
-    batch, anchors, _ = embeddings.shape
+    count = embeddings.shape[1]
+    embeddings, context_mask = embeddings.repeat(1, length, 1), context_mask.repeat(1, length, 1)
+    position_ids = torch.cat([position_ids + number for number in range(length)], dim=1)
+    batch, anchors, _ = embeddings.shape  # tokens, from here on
     embeds = embeddings.to(model.get_input_embeddings().weight)
     device, prompts = embeds.device, context.soft_prompt_length
-    itself = torch.eye(anchors, dtype=torch.bool, device=device).expand(batch, -1, -1)
+    own = torch.zeros(anchors, anchors, dtype=torch.bool, device=device)
+    for behind in range(length):
+        own.diagonal(-behind * count).fill_(True)
     soft_prompts = torch.ones(batch, anchors, prompts, dtype=torch.bool, device=device)
-    mask = torch.cat([soft_prompts, context_mask, itself], dim=-1)  # (B, K, S + C + K)
+    mask = torch.cat([soft_prompts, context_mask, own.expand(batch, -1, -1)], dim=-1)  # (B, nK, S + C + nK)
     # Positions of the slots as each anchor counts them: the visible slots are its whole past, in order.
     key_positions = torch.cat(
         [
             torch.full((batch, anchors, prompts), -1, device=device),
             context_mask.long().cumsum(-1) - 1,
-            position_ids[:, :, None].expand(-1, -1, anchors),
+            position_ids[:, None].expand(-1, anchors, -1),
         ],
         dim=-1,
     )

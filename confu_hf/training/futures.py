@@ -45,10 +45,10 @@ class RowFutures:
 
     embeds: Tensor  # (B, R, d)  MoE_f(h_t)
     states: Tensor  # (B, R, d)  W_f f
-    words: Tensor | None  # (B, R, d)  what the row's own contemplate token says next; zeros where it has none
+    words: Tensor | None  # (B, R, n, d)  what the row's own contemplate tokens say next; zeros where it has none
     present: Tensor  # (B, R) bool
     anchors: Anchors
-    last: Tensor  # (B, A, d) the contemplate tokens' own states behind the target's last norm
+    last: Tensor  # (B, A, n, d) the contemplate tokens' own states behind the target's last norm
     routers: dict[str, Tensor]  # how the two mixtures' routers are used, see health.py
 
 
@@ -69,7 +69,7 @@ def row_futures(
     features, device = view.features, view.features.device
     batch, count = rows.starts.shape
     sources = (anchors.positions - anchors.lag).clamp_min(0)
-    layer = target.confu
+    layer, length = target.confu, draft.config.contemplate_length
     read = gather_rows(features, sources)
     embeddings = layer.contemplate_embedding(read)  # (B, A, d)
     visible = torch.arange(features.shape[1], device=device) <= anchors.positions[..., None]  # (B, A, N)
@@ -82,7 +82,10 @@ def row_futures(
             anchors.positions + 1,
             visible,
             draft.config.target_layer_ids,
-        )  # (B, A, 3 d), (B, A, d)
+            length,
+        )  # (B, n A, 3 d), (B, n A, d)
+    futures = futures[:, : anchors.rows.shape[1]]
+    last = last.unflatten(1, (length, -1)).transpose(1, 2)  # (B, A, n, d)
     every_row = torch.arange(count, device=device).expand(batch, -1).contiguous()
     latest = torch.searchsorted(anchors.rows, every_row, right=True) - 1  # (B, R), -1 before the first anchor
     distance = rows.starts - anchors.positions.gather(1, latest.clamp_min(0))
@@ -90,9 +93,10 @@ def row_futures(
     own = gather_rows(hidden_states, rows.starts)
     embeds, mixture = draft.future_mixture(own), draft.future_mixture
     states = gather_rows(draft.fuse_future(futures.to(hidden_states.dtype)), latest.clamp_min(0))
-    words = draft.word(torch.cat([futures, last], dim=-1).to(hidden_states.dtype))
+    words = draft.words(torch.cat([futures, last.flatten(-2)], dim=-1).to(hidden_states.dtype))
     if words is not None:
-        words = gather_rows(words, latest.clamp_min(0)) * (present & (distance == 0))[..., None]
+        words = gather_rows(words.flatten(-2), latest.clamp_min(0)) * (present & (distance == 0))[..., None]
+        words = words.unflatten(-1, (length, -1))
     routers = {
         "contemplate": router_use(read, layer.router_weight(), layer.config.num_experts_per_token, anchors.exist),
         "future": router_use(own, mixture.router.weight, mixture.top_k, present),
@@ -108,16 +112,20 @@ def soft_prompts(target: PreTrainedModel) -> SoftPrompts:
 
 def future_numerator(
     target: PreTrainedModel, draft: ConFuDraftModel, futures: RowFutures, view: TeacherView
-) -> tuple[Tensor, Tensor]:
-    """Sum over anchors `a` of KL(target at `a + 1` || the contemplate token after `a`, through the target's head), and
-    `(B, A)` bool which contemplate tokens named the target's choice.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over anchors `a` and their contemplate tokens `j` of KL(target at `a + 1 + j` || token `j` after `a`, through the
+    target's head); `(n, B, A)` bool, which tokens named the target's choice; and which had one to name.
 
     As for rows of the draft, an anchor whose target says a token that the draft does not have adds nothing.
     """
-    target_rows, choices = view.locate(futures.anchors.positions + 1)
-    used = (choices >= 0) & futures.anchors.exist
+    length = futures.last.shape[2]
     head = head_rows(target, draft.draft_token_ids)
+    positions = torch.stack([futures.anchors.positions + 1 + number for number in range(length)])  # (n, B, A)
+    located = [view.locate(part) for part in positions]
+    target_rows, choices = (torch.stack(parts) for parts in zip(*located, strict=True))
+    exist = futures.anchors.exist & torch.stack([view.asked(part) for part in positions])
+    used = (choices >= 0) & exist
     weights = torch.ones(target_rows[used].shape, device=used.device)
-    right = torch.zeros_like(used)
-    loss, right[used] = linear_kl(futures.last[used], head, view.log_probs, view.choices, target_rows[used], weights)
-    return loss, right
+    right, last = torch.zeros_like(used), futures.last.movedim(2, 0)
+    loss, right[used] = linear_kl(last[used], head, view.log_probs, view.choices, target_rows[used], weights)
+    return loss, right, exist

@@ -42,7 +42,7 @@ class ConFuTrainingObjective:
         replication: an anchor's future is used by this many rows, its own and the following (`l`).
         max_lag: the contemplate token's experts read features 1..max_lag positions before its node.
         future_weight: weight of a loss beyond the paper's: the contemplate token itself, through the target's head,
-            should predict what the target says one position on. It tells soft prompts and experts from the first step
+            should predict what the target says one position on (a second one two positions on, ...). It tells soft prompts and experts from the first step
             what the draft asks of them only once it has learned to listen.
         adapter_alone: that loss alone; the draft is neither run nor changed. The "accepted length" is then 1 and the share
             of contemplate tokens that name the target's choice.
@@ -162,11 +162,10 @@ class ConFuForTraining(nn.Module):
 
     def _adapter_alone(self, futures: RowFutures, rows: DraftRows, view: TeacherView) -> dict[str, Tensor]:
         """As [`forward`]'s; the contemplate tokens are the only guesses there are."""
-        numerator, right = future_numerator(self.target, self.draft, futures, view)
+        numerator, right, exist = future_numerator(self.target, self.draft, futures, view)
         terms = LossTerms(F.pad(numerator[None], (self.objective.ttt_steps, 0)), self._denominators(rows))
-        exist = futures.anchors.exist[None]  # (1, B, A)
         routers = {"routers": futures.routers} if self.training else {}
-        return {**terms.outputs(), **_guesses(right[None], exist, exist), **routers}
+        return {**terms.outputs(), **_guesses(right, exist, exist), **routers}
 
     def denominators(self, labels: Tensor) -> Tensor:
         """`(K + 1,)`: what the numerators of this batch are to be divided by, known before it has run."""

@@ -28,7 +28,7 @@ from ..target.geometry import attention_geometry
 from ..target.soft_prompts import soft_prompt_key_values
 from .data import frequent_tokens
 from .store import FeatureStore, store_bytes
-from .warm_start import open_word, warm_start_from_eagle3, warm_start_from_target
+from .warm_start import open_words, warm_start_from_eagle3, warm_start_from_target
 
 logger = logging.get_logger(__name__)
 
@@ -48,15 +48,17 @@ class DraftShape:
     own_embeddings: bool | None = field(default=None, metadata={"help": "token embeddings of the draft's own"})
     draft_hidden_size: int | None = field(default=None, metadata={"help": "width of the draft; default the target's"})
     target_layer_ids: list[int] | None = field(default=None, metadata={"help": "layers that are read"})
-    future_word: bool = field(
-        default=False,
-        metadata={"help": "ConFu: the contemplate token's own word joins the first drafted row's logits"},
+    future_words: int = field(
+        default=0,
+        metadata={
+            "help": "ConFu: so many contemplate tokens in a row, whose own words join the first drafted rows' logits"
+        },
     )
 
     def config(self, target: PreTrainedModel, *, contemplate: bool) -> ConFuConfig:
         """The draft's configuration for `target`."""
         fields = {name: value for name, value in asdict(self).items() if value is not None}
-        fields["future_word"] = self.future_word and contemplate
+        fields["future_words"] = self.future_words if contemplate else 0
         fields["draft_vocab_size"] = min(self.draft_vocab_size, target.config.get_text_config().vocab_size)
         if "draft_hidden_size" in fields:
             fields["hidden_size"] = fields.pop("draft_hidden_size")
@@ -128,6 +130,7 @@ def starting_pair(
         assistant_class: `ConFuAssistant`: knows files, and how to attach.
         contemplate: ConFu's stage or EAGLE-3's.
         init_from: EAGLE-3 draft or ConFu pair; None = from the target's own last layers.
+        draft_shape: of a new draft. Of one that goes on, only how many words it is to have.
         adapter_from: a ConFu pair whose adapter this one starts with, as it is; its draft is not looked at.
         adapter_shape: of a new adapter. A pair that goes on keeps its own, but gets a gated LoRA if it has none and
             this asks for one.
@@ -143,25 +146,51 @@ def starting_pair(
     else:
         draft = assistant_class.from_pretrained(init_from, dtype=torch.float32)
         if contemplate and not draft.config.contemplate:
-            draft = confu_from_eagle3(assistant_class, draft, future_word=draft_shape.future_word)
-            if draft.config.future_word:
-                open_word(draft, target)
+            draft = confu_from_eagle3(assistant_class, draft, future_words=draft_shape.future_words)
+            if draft.config.future_words:
+                open_words(draft, target)
             if adapter_from is not None:
                 adapter = read_pair(adapter_from).adapter
                 shape, start = _shape_of(adapter.config), adapter.weights
         elif contemplate:
-            adapter = read_pair(init_from).adapter
-            if adapter.config.lora_rank or not shape.lora_rank:
+            adapter, grows = read_pair(init_from).adapter, _more_words(draft, draft_shape)
+            has_low_rank = bool(adapter.config.lora_rank or not shape.lora_rank)
+            if has_low_rank and not grows:
                 return _trainable(draft.attach(target))
-            shape, start = _with_low_rank(adapter.config, shape), adapter.weights
-            weights, draft = (
-                draft.state_dict(),
-                assistant_class(draft.config),
-            )  # without the adapter it was loaded with
-            draft.load_state_dict(weights)
+            shape = _shape_of(adapter.config) if has_low_rank else _with_low_rank(adapter.config, shape)
+            start, draft = adapter.weights, _grown(assistant_class, draft, target, draft_shape)
     if contemplate:
         add_adapter(target, draft, shape, start)
     return _trainable(draft.attach(target))
+
+
+def _more_words(draft: ConFuDraftModel, shape: DraftShape) -> bool:
+    """Whether `shape` asks for more words than the draft has; it is refused if it asks for fewer."""
+    has = draft.config.future_words
+    if 0 < shape.future_words < has:
+        raise refusal(
+            "future_words",
+            got=f"{shape.future_words} for a pair that has {has}",
+            expected=f"{has} or more",
+            fix="Leave it out to go on with those of the pair, or start from its EAGLE-3 draft.",
+        )
+    return shape.future_words > has
+
+
+def _grown(
+    draft_class: type[ConFuDraftModel], draft: ConFuDraftModel, target: PreTrainedModel, shape: DraftShape
+) -> ConFuDraftModel:
+    """The same draft without the adapter that it was loaded with, and with the words that `shape` asks for."""
+    known, config = draft.config.future_words, draft.config.to_dict()
+    grown = draft_class(ConFuConfig.from_dict({**config, "future_words": max(known, shape.future_words)}))
+    weights = draft.state_dict()
+    words = weights.pop("future_word.weight", None)
+    grown.load_state_dict(weights, strict=False)
+    if words is not None:
+        grown.future_word.weight.data[: len(words)] = words
+    if grown.config.future_words > known:
+        open_words(grown, target, known)
+    return grown
 
 
 def _trainable(draft: ConFuDraftModel) -> ConFuDraftModel:
@@ -196,10 +225,10 @@ def _first_tokens(rows: Dataset) -> torch.Tensor:
 
 
 def confu_from_eagle3(
-    draft_class: type[ConFuDraftModel], eagle3: ConFuDraftModel, *, future_word: bool = False
+    draft_class: type[ConFuDraftModel], eagle3: ConFuDraftModel, *, future_words: int = 0
 ) -> ConFuDraftModel:
     """A ConFu draft that starts as the EAGLE-3 draft it is given."""
-    more = {"contemplate": True, "future_word": future_word}
+    more = {"contemplate": True, "future_words": future_words}
     draft = draft_class(ConFuConfig.from_dict({**eagle3.config.to_dict(), **more}))
     warm_start_from_eagle3(draft, eagle3)
     return draft

@@ -75,7 +75,7 @@ class RecipeOptions:
     store_limit: float = 20.0  # gigabytes on disk for what the target says
     seed: int = 0
     draft: DraftShape = field(
-        default_factory=lambda: DraftShape(feedback_after_norm=True, fc_norm=True, future_word=True)
+        default_factory=lambda: DraftShape(feedback_after_norm=True, fc_norm=True, future_words=1)
     )
     adapter: AdapterShape = field(default_factory=lambda: AdapterShape(lora_rank=16))
     objective: ConFuTrainingObjective = field(

@@ -49,6 +49,11 @@ class TeacherView:
         index = index.clamp_min(0)
         return index, torch.where(asked, self.choices[index], -1)
 
+    def asked(self, positions: Tensor) -> Tensor:
+        """`(B, R)` bool: which of these positions lie within the text and are among the `P`."""
+        inside = positions < self.places.shape[1]
+        return inside & (self.places.gather(1, positions.clamp_max(self.places.shape[1] - 1)) >= 0)
+
 
 class Teacher:
     """Asks the target, or the store where it knows the whole batch; fills the store on the way.

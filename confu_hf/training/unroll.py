@@ -67,7 +67,8 @@ class DraftUnroll:
         self.state = gather_rows(hidden_states, rows.starts)
         self.own: list[tuple[Tensor, Tensor, Tensor]] = []
         self.skip: Tensor | None = None
-        self.words = None if futures is None else futures.words
+        words = None if futures is None else futures.words
+        self.words: list[Tensor] = [] if words is None else list(words.unbind(-2))  # of this step and those to come
         self.steps = 0
         if futures is not None:
             future_inputs = layer.attention_inputs(futures.embeds, futures.states)
@@ -91,8 +92,8 @@ class DraftUnroll:
             residual = residual + self.skip
         self.state = self.draft.fed_back(layer.finish(residual, attention.merge(context)))
         outputs = self.draft.head_inputs(self.state)
-        if self.steps == 0 and self.words is not None:
-            outputs = outputs + self.words
+        if self.words:
+            outputs = outputs + self.words.pop(0)
         self.steps += 1
         return outputs
 
@@ -100,4 +101,5 @@ class DraftUnroll:
         """Go on with the rows `chosen` `(B, R'')` alone, indices into those that are still unrolled."""
         self.index, self.starts = self.index.gather(1, chosen), self.starts.gather(1, chosen)
         self.state, self.causal = gather_rows(self.state, chosen), gather_rows(self.causal, chosen)
+        self.words = [gather_rows(word, chosen) for word in self.words]
         self.own = [tuple(select_rows(part, chosen) for part in entry) for entry in self.own]

@@ -74,7 +74,7 @@ def warm_start_from_eagle3(draft: ConFuDraftModel, eagle3: ConFuDraftModel) -> N
     """Start a ConFu draft from an EAGLE-3 draft of the same geometry.
 
     The future token starts as what the network can already read: `W_f` as the fusion of features, for `f_v` stands where
-    the features of the next position would stand; the skip connection and the word stay closed (zero), see [`open_word`].
+    the features of the next position would stand; the skip connection and the words stay closed (zero), see [`open_words`].
     """
     missing, unexpected = draft.load_state_dict(eagle3.state_dict(), strict=False)
     foreign = [name for name in missing if not name.startswith("future_")]
@@ -89,12 +89,14 @@ def warm_start_from_eagle3(draft: ConFuDraftModel, eagle3: ConFuDraftModel) -> N
 
 
 @torch.no_grad()
-def open_word(draft: ConFuDraftModel, target: PreTrainedModel, share: float = WORD_SHARE) -> None:
-    """Have the draft's head say of a contemplate token's last state what the target's head says, times `share`.
+def open_words(draft: ConFuDraftModel, target: PreTrainedModel, known: int = 0, share: float = WORD_SHARE) -> None:
+    """Have the draft's head say of contemplate tokens' last states what the target's head says, times `share`; the first
+    `known` of them stay as they are.
 
-    `future_word` is the `(d, d)` map `M` that makes `lm_head M` come nearest to the target's rows (least squares). An
+    A token's part of `future_word` is the `(d, d)` map `M` that makes `lm_head M` come nearest to the target's rows (least squares). An
     adapter that was taught first is heard at once; one that was not adds noise, which training takes back.
     """
     head = draft.lm_head.weight.float()
     rows = head_rows(target, draft.draft_token_ids.to(target.device)).to(head)
-    draft.future_word.weight.copy_(share * torch.linalg.solve(head.T @ head, head.T @ rows))
+    every = draft.future_word.weight.unflatten(0, (draft.config.future_words, -1))  # (n, d, target's d)
+    every[known:] = share * torch.linalg.solve(head.T @ head, head.T @ rows)

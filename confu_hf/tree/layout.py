@@ -15,13 +15,15 @@ from .draft_tree import DraftTree
 
 @dataclass(frozen=True)
 class VerifyLayout:
-    """What the verify pass feeds to the target: Q = (T+1) + M rows, the nodes and then the contemplate tokens.
+    """What the verify pass feeds to the target: Q = (T+1) + n M rows, the nodes and then the contemplate tokens: all that
+    come first behind their nodes, then all that come second, ...
 
     Keys lie in the order [S soft prompts | slots of the cache], where the rows of a batch row of length C lie in the
     slots C .. C+Q-1: K = the greatest C + Q.
 
     A node sees the committed slots, its ancestors and itself. A contemplate token sees the soft prompts, the committed
-    slots, its node, that node's ancestors, and itself. Nothing else sees a soft prompt or a contemplate token.
+    slots, its node, that node's ancestors, the contemplate tokens between, and itself. Nothing else sees a soft prompt or a
+    contemplate token.
 
     A tree of four nodes: 1 and 2 are children of the root, 3 is a child of 1; nodes 1 and 3 carry contemplate tokens.
     S = 2 soft prompts, C = 3 committed slots of which the first is empty (`-`); `#` = may attend:
@@ -37,17 +39,18 @@ class VerifyLayout:
     Positions, if the committed slots hold positions -1 (empty), 0, 1:
         root            1 + 1 = 2     the first position not committed yet
         nodes 1 and 3   2 + depth     = 3 and 4
-        contemplate 3   4 + 1 = 5     where the token after node 3 will be
+        contemplate 3   4 + 1 = 5     where the token after node 3 will be; a second one stands at 6
 
     Attributes:
         tokens: (B, T+1) long, tokens of the nodes.
-        contemplate_nodes: (B, M) long, the node each contemplate token belongs to; M may be 0.
+        contemplate_nodes: (B, M) long, the nodes with contemplate tokens; M may be 0.
         position_ids: (B, Q) long, for the rotary embedding.
         places: (B, Q) long, where a row stands among the slots, for sliding windows and chunks; the same numbers as
             position_ids, unless plain decoding counts otherwise (`position_offset`).
         key_places: (B, S+K) long; -1 for soft prompts and for empty slots.
         mask: (B, Q, S+K) bool, True = may attend.
         soft_prompt_length: S.
+        contemplate_length: n, contemplate tokens in a row behind each of these nodes.
         sees_all: known to the host: the one row of this pass sees every slot, so that it needs no mask.
     """
 
@@ -58,7 +61,13 @@ class VerifyLayout:
     key_places: Tensor
     mask: Tensor
     soft_prompt_length: int
+    contemplate_length: int = 1
     sees_all: bool = False
+
+    @property
+    def contemplate_rows(self) -> int:
+        """n M."""
+        return self.contemplate_length * self.contemplate_nodes.shape[1]
 
     @property
     def contemplated(self) -> Tensor:
@@ -72,6 +81,7 @@ def verify_layout(
     *,
     slot_position_ids: Tensor,
     soft_prompt_length: int,
+    contemplate_length: int = 1,
     lengths: Sequence[int] | None = None,
     root_places: Tensor | None = None,
     position_offset: Tensor | int = 0,
@@ -84,6 +94,7 @@ def verify_layout(
         contemplate_nodes: (B, M) long, node indices; M may be 0.
         slot_position_ids: (B, C) long, place of each committed cache slot, -1 = empty or padding.
         soft_prompt_length: S, slots in front of the committed ones.
+        contemplate_length: n, contemplate tokens behind each of these nodes.
         lengths: committed slots of each batch row; None = C for all.
         root_places: (B, 1) long; None = the place after the greatest committed one (0 if there is none).
         position_offset: (B, 1) long or 0, what position ids differ by from places.
@@ -101,19 +112,20 @@ def verify_layout(
             expected="the same batch size in all of them and a length of 0 or more",
             fix="Take them from one decoding state.",
         )
-    device, width = tree.tokens.device, num_nodes + contemplate_nodes.shape[1]
+    device, width = tree.tokens.device, num_nodes + contemplate_length * contemplate_nodes.shape[1]
     if root_places is None:
         root_places = torch.nn.functional.pad(slot_position_ids, (1, 0), value=-1).amax(dim=1, keepdim=True) + 1
     lengths = [slot_position_ids.shape[1]] * batch_size if lengths is None else lengths
     if width == 1 and len(set(lengths)) == 1 and not has_gaps and not soft_prompt_length:
         return _plain_step(tree, contemplate_nodes, slot_position_ids[:, : lengths[0]], root_places, position_offset)
     node_places = root_places + tree.depths
-    places = torch.cat([node_places, node_places.gather(1, contemplate_nodes) + 1], dim=1)  # (B, Q)
+    ends = node_places.gather(1, contemplate_nodes)
+    places = torch.cat([node_places, *(ends + 1 + number for number in range(contemplate_length))], dim=1)  # (B, Q)
     rows = send(lengths, device)[:, None] + torch.arange(width, device=device)  # (B, Q) slots
     empty = max(lengths) + width - slot_position_ids.shape[1]
     slots = torch.nn.functional.pad(slot_position_ids, (0, empty), value=-1)  # (B, K)
     mask = (slots >= 0)[:, None].repeat(1, width, 1)
-    mask.scatter_(2, rows[:, None].expand(-1, width, -1), _row_mask(tree, contemplate_nodes))
+    mask.scatter_(2, rows[:, None].expand(-1, width, -1), _row_mask(tree, contemplate_nodes, contemplate_length))
     prompts = mask.new_zeros(batch_size, width, soft_prompt_length)
     prompts[:, num_nodes:] = True
     no_places = slots.new_full((batch_size, soft_prompt_length), -1)
@@ -125,6 +137,7 @@ def verify_layout(
         key_places=torch.cat([no_places, slots.scatter(1, rows, places)], dim=1),
         mask=torch.cat([prompts, mask], dim=2),
         soft_prompt_length=soft_prompt_length,
+        contemplate_length=contemplate_length,
     )
 
 
@@ -144,13 +157,14 @@ def _plain_step(
     )
 
 
-def _row_mask(tree: DraftTree, contemplate_nodes: Tensor) -> Tensor:
+def _row_mask(tree: DraftTree, contemplate_nodes: Tensor, length: int) -> Tensor:
     """Which row of the pass sees which, (B, Q, Q) bool: the right part of the drawing of [`VerifyLayout`]."""
-    num_nodes, width = tree.tokens.shape[1], tree.tokens.shape[1] + contemplate_nodes.shape[1]
-    ancestors = tree.ancestor_mask()
+    num_nodes, count = tree.tokens.shape[1], contemplate_nodes.shape[1]
+    ancestors, width = tree.ancestor_mask(), num_nodes + length * count
     mask = ancestors.new_zeros(len(ancestors), width, width)
     mask[:, :num_nodes, :num_nodes] = ancestors
     rows = contemplate_nodes.unsqueeze(-1).expand(-1, -1, num_nodes)  # (B, M, T+1)
-    mask[:, num_nodes:, :num_nodes] = ancestors.gather(1, rows)
-    mask[:, num_nodes:, num_nodes:].diagonal(dim1=1, dim2=2).fill_(True)
+    mask[:, num_nodes:, :num_nodes] = ancestors.gather(1, rows).repeat(1, length, 1)
+    for behind in range(length):  # a node's own tokens lie `count` rows apart
+        mask[:, num_nodes:, num_nodes:].diagonal(-behind * count, dim1=1, dim2=2).fill_(True)
     return mask
