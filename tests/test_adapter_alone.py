@@ -38,7 +38,7 @@ def test_the_adapter_without_the_draft():
     anchors = Anchors.of(rows, rows.starts.shape[1], 1)
     hidden_states = draft.fuse(view.features)
     futures = row_futures(target, draft, view, hidden_states, rows, anchors, 1)
-    expected, right = future_numerator(target, draft, futures, view)
+    expected, (right,), _ = future_numerator(target, draft, futures, view)
     torch.testing.assert_close(before["numerators"].sum(), expected)
     assert before["accepted"].sum(0).tolist() == [
         len(right[anchors.exist]) + right.sum().item(),

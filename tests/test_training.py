@@ -251,7 +251,7 @@ def test_the_loss_of_the_futures_is_a_prediction_of_the_contemplate_tokens(monke
     logits = target(batch["input_ids"]).logits[0, futures.anchors.positions[0] + 1]
     inside = module.draft.t2d[logits.argmax(-1)]
     log_p = logits[:, ids].float().log_softmax(-1)
-    log_q = (futures.last[0] @ target.lm_head.weight[ids].T).log_softmax(-1)
+    log_q = (futures.last[0, :, 0] @ target.lm_head.weight[ids].T).log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[inside].sum() / 3
     torch.testing.assert_close(loss - plain, 0.5 * divergence.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
     # It reaches the adapter past a draft that does not listen.
