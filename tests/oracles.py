@@ -59,7 +59,7 @@ class OracleDrafter(NetworkDrafter):
         return (children.roll(1, dims=-1) if self.steps % 3 == 0 else children), log_probs
 
     def next_logits(self, paths):
-        return self.target(torch.tensor(paths)).logits[:, -1].float()
+        return self.target(torch.tensor(paths, device=self.target.device)).logits[:, -1].float()
 
 
 class KnownTextDrafter(OracleDrafter):

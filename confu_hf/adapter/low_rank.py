@@ -84,6 +84,9 @@ class LowRank:
 
     def __init__(self, model: nn.Module, widths: dict[str, list[int]], down: Tensor, up: Tensor, scale: float):
         self.scale = scale
+        # As a whole, before they are split: hundreds of small conversions would take longer than the products.
+        dtype = model.get_input_embeddings().weight.dtype
+        down, up = down.to(dtype), up.to(dtype)
         inputs, outputs = ([width[side] for width in widths.values()] for side in (0, 1))
         layers = model.get_decoder().layers
         self.parts: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -111,10 +114,13 @@ class LowRank:
             first = 0 if rows is None else states.shape[1] - rows
             part = states[:, first:]
             lowered = part.matmul(low.to(part).t()).to(output.dtype)
-            high_t = high.to(output).t().expand(len(part), -1, -1)
+            high_t = high.to(output).t()
             if torch.is_grad_enabled():
-                changed = torch.baddbmm(output[:, first:], lowered, high_t, alpha=self.scale)
+                changed = torch.addmm(
+                    output[:, first:].flatten(0, 1), lowered.flatten(0, 1), high_t, alpha=self.scale
+                ).view(len(part), -1, output.shape[2])
                 return changed if first == 0 else torch.cat([output[:, :first], changed], 1)
+            high_t = high_t.expand(len(part), -1, -1)
             output[:, first:].baddbmm_(lowered, high_t, alpha=self.scale)  # in place: hundreds of them in every round
             return output
 
