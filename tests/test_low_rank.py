@@ -76,13 +76,13 @@ def test_contemplate_tokens_compute_as_with_merged_weights(architecture):
         target(PROMPT, **cache_keyword(target, cache))
     features, positions = torch.randn(1, 96, dtype=torch.float64), torch.tensor([[1, 3, 4]])
     with torch.no_grad():
-        got = contemplator(target).anchors(cache, features, positions)
+        got = contemplator(target).anchors(contemplator(target).context(cache), features, positions)
         merged = copy.deepcopy(target)
         for module, down, up in merged.confu.low_rank(merged).parts:
             module.weight.add_(1.5 * up @ down)
         who = contemplator(merged)
         who.low_rank = None
-        expected = who.anchors(cache, features, positions)
+        expected = who.anchors(who.context(cache), features, positions)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 

@@ -105,7 +105,7 @@ class LowRank:
                 hook.remove()
 
     def _hook(self, low: Tensor, high: Tensor, rows: int | None) -> Callable:
-        thread = threading.get_ident()
+        thread, low_t, high_t = threading.get_ident(), low.t(), high.t()
 
         def add(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
             if threading.get_ident() != thread:  # a pass of another call has rows of its own
@@ -113,15 +113,19 @@ class LowRank:
             states = arguments[0]  # (B, Q, in)
             first = 0 if rows is None else states.shape[1] - rows
             part = states[:, first:]
-            lowered = part.matmul(low.to(part).t()).to(output.dtype)
-            high_t = high.to(output).t()
+            alike = low.device == part.device and low.dtype == part.dtype == output.dtype
+            if alike and len(part) == 1 and not torch.is_grad_enabled():
+                # Few calls: on a GPU each of them takes longer than what it computes.
+                output[0, first:].addmm_(part[0].mm(low_t), high_t, alpha=self.scale)
+                return output
+            lowered = part.matmul(low_t.to(part)).to(output.dtype)
             if torch.is_grad_enabled():
                 changed = torch.addmm(
-                    output[:, first:].flatten(0, 1), lowered.flatten(0, 1), high_t, alpha=self.scale
+                    output[:, first:].flatten(0, 1), lowered.flatten(0, 1), high_t.to(output), alpha=self.scale
                 ).view(len(part), -1, output.shape[2])
                 return changed if first == 0 else torch.cat([output[:, :first], changed], 1)
-            high_t = high_t.expand(len(part), -1, -1)
-            output[:, first:].baddbmm_(lowered, high_t, alpha=self.scale)  # in place: hundreds of them in every round
+            # In place: there are hundreds of them in every round.
+            output[:, first:].baddbmm_(lowered, high_t.to(output).expand(len(part), -1, -1), alpha=self.scale)
             return output
 
         return add

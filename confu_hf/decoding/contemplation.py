@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from ..acceleration.attention import grouped_queries
 from ..adapter.layer import ConFuLayer
 from ..host import send
 from ..target.context import ContemplateContext
@@ -63,20 +64,23 @@ class Contemplator:
         """`(B, 3 d)`, features of the newest known position -> `(B, d)`, the input of all contemplate tokens."""
         return self.layer.contemplate_embedding(features, self.adapter_name)
 
-    def anchors(self, cache: Cache, features: Tensor, positions: Tensor) -> Tensor:
+    def context(self, cache: Cache) -> ContemplateContext:
+        """Keys and values of a finished text, and the soft prompts, for [`anchors`]."""
+        return ContemplateContext(cache, self.soft_prompts())
+
+    def anchors(self, context: ContemplateContext, features: Tensor, positions: Tensor) -> Tensor:
         """Contemplate after positions of a finished text, as after the nodes of one verify pass.
 
         Args:
-            cache: keys and values of the text. features: `(B, 3 d)`, of the newest position that is known.
+            context: of the text. features: `(B, 3 d)`, of the newest position that is known.
             positions: `(B, A)` long.
 
         Returns:
             Futures `(B, A, 3 d)`, or `(B, A, 3 d + n d)` with the last hidden states.
         """
         embeddings = self.embedding(features)[:, None].expand(-1, positions.shape[1], -1)
-        visible = torch.arange(cache.get_seq_length(), device=positions.device) <= positions[..., None]
-        context = ContemplateContext(cache, self.soft_prompts())
-        with self.acting():
+        visible = torch.arange(context.get_seq_length(), device=positions.device) <= positions[..., None]
+        with self.acting(), grouped_queries(self.target):
             states = contemplate_anchors(
                 self.target, context, embeddings, positions + 1, visible, self.layer_ids, self.length
             )[0]

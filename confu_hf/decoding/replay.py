@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..options import TreeOptions
-from ..target.context import KnownTexts
+from ..target.context import ContemplateContext, KnownTexts
 from ..tree.draft_tree import DraftTree
 from ..tree.ends import nearest_contemplated
 from .contemplation import Contemplator
@@ -48,6 +48,7 @@ class TreeReplay:
     def counts(self, texts: KnownTexts) -> list[list[int]]:
         """Tokens that each round would emit, bonus included, by sequence; the first token is prefill's."""
         drafter, device = self.new_drafter(), texts.input_ids.device
+        context = None if self.contemplator is None else self.contemplator.context(texts.cache)
         counts: list[list[int]] = [[] for _ in texts.input_ids]
         newest = texts.prompt_lengths - 1  # (B,) `v`, the newest position whose features are known
         drafter.observe(_state(texts, newest), _rows(texts, torch.full_like(newest, -1), newest))
@@ -58,7 +59,7 @@ class TreeReplay:
             tree = drafter.grow(state, self.plan)
             node, depth = _accepted(tree, texts, newest)
             emitted = torch.minimum(depth + 1, (texts.lengths - 2 - newest).clamp_min(0))  # (B,)
-            future, known = self._future(tree, node, texts, newest)
+            future, known = self._future(tree, node, texts, newest, context)
             rows = _rows(texts, newest, newest + emitted)
             newest = newest + emitted
             drafter.observe(
@@ -68,7 +69,7 @@ class TreeReplay:
                 row += [count] if count else []
 
     def _future(
-        self, tree: DraftTree, node: Tensor, texts: KnownTexts, newest: Tensor
+        self, tree: DraftTree, node: Tensor, texts: KnownTexts, newest: Tensor, context: ContemplateContext | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """`(B, 3 d)` the future of the last accepted `node` `(B,)`, and `(B,)` bool which rows have one.
 
@@ -83,7 +84,7 @@ class TreeReplay:
         last = texts.lengths[:, None] - 1
         positions = torch.minimum(newest[:, None] + 1 + tree.depths.gather(1, carrier), last)  # (B, 1)
         sources = _at(texts.features, newest[:, None])[:, 0]
-        futures = self.contemplator.anchors(texts.cache, sources, positions)[:, 0]
+        futures = self.contemplator.anchors(context, sources, positions)[:, 0]
         return self.contemplator.timely(futures, (carrier == node[:, None])[:, 0]), nearest[:, 0] >= 0
 
 

@@ -22,18 +22,36 @@ class _ContextLayer(CacheLayerMixin):
 
     def __init__(self, keys: Tensor, values: Tensor, soft_prompt: Sequence[Tensor] | None) -> None:
         self.keys, self.values, self.soft_prompt = keys.detach(), values.detach(), soft_prompt
+        self.joined: tuple[Tensor, Tensor] | None = None  # with room for the newest tokens, where nothing is learned
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: filled when it was made."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        new = (key_states, value_states)
+        if torch.is_grad_enabled():
+            return self._join(new)
+        # The same context is asked again and again: it is copied once.
+        length = self.joined[0].shape[2] - self.keys.shape[2] - self._prompt_length() if self.joined else 0
+        if length != key_states.shape[2]:
+            self.joined = self._join(new)
+        for states, part in zip(self.joined, new, strict=True):
+            states[:, :, -part.shape[2] :] = part
+        return self.joined
+
+    def _prompt_length(self) -> int:
+        return 0 if self.soft_prompt is None else self.soft_prompt[0].shape[0]
+
+    def _join(self, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`(B, kv_heads, S + C + K, head_dim)` of keys and values."""
+        key_states, value_states = new
         parts = [[self.keys, key_states], [self.values, value_states]]
         if self.soft_prompt is not None:
             for part, prompt in zip(parts, self.soft_prompt, strict=True):
                 prompt = prompt.to(key_states).transpose(0, 1)  # (kv_heads, S, head_dim)
                 part.insert(0, prompt.expand(key_states.shape[0], -1, -1, -1))
-        keys, values = (torch.cat(part, dim=2) for part in parts)  # (B, kv_heads, S + C + K, head_dim)
+        keys, values = (torch.cat(part, dim=2) for part in parts)
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
