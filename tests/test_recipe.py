@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from confu_hf import ConFuAssistant
 from confu_hf.options import TreeOptions
@@ -18,7 +20,7 @@ from confu_hf.training.budget import Budget
 from confu_hf.training.data import split_held_out
 from confu_hf.training.module import ConFuTrainingObjective
 from confu_hf.training.pair import AdapterShape, DraftShape
-from confu_hf.training.recipe import SHARES, Recipe, RecipeOptions, summary
+from confu_hf.training.recipe import SHARES, UNLIMITED_STEPS, Recipe, RecipeOptions, summary
 from confu_hf.training.sizes import bytes_per_token, plan_sizes
 
 WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 97)}}
@@ -216,3 +218,21 @@ def test_sizes_follow_the_memory():
     ]
     assert [sizes.sequences for sizes in given] == [1, 2, 2] and given[0].answers <= given[1].answers <= 64
     assert plan_sizes(target, draft_vocab_size=40, steps=3, max_length=100).sequences == 2
+
+
+def test_a_single_stage_can_end_by_the_clock(tmp_path, monkeypatch):
+    """`train.py --max_minutes`: the clock of a stage in place of a number of steps, and a cosine that goes down with it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    train = importlib.import_module("train")
+    arguments = train.ScriptArguments(data=["answers.jsonl"])
+    training = TrainingArguments(str(tmp_path / "out"), use_cpu=True)
+    assert train.stage_clock(arguments, training) is None and training.max_steps == -1
+    arguments.max_minutes = 2.0
+    clock = train.stage_clock(arguments, training)
+    assert clock.limit == pytest.approx(120, abs=1) and training.max_steps == UNLIMITED_STEPS
+    clock.finish()
+    assert json.loads((tmp_path / "out" / "budget.json").read_text())["stages"]["eagle3"]["done"]
+    monkeypatch.setattr(type(clock), "seconds", 30.0)
+    assert train.falling(training, clock)(7) == pytest.approx(0.25, abs=0.01)
+    constant = TrainingArguments(str(tmp_path / "out"), use_cpu=True, lr_scheduler_type="constant_with_warmup")
+    assert train.falling(constant, clock)(7) == 0.0

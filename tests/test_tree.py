@@ -278,18 +278,26 @@ def test_no_contemplate_token_and_one_each(count, expected):
     st.integers(0, 15),
     st.integers(0, 3),
     st.lists(st.booleans(), max_size=5),
+    st.integers(1, 3),
 )
-def test_layout_follows_the_rules(parents, count, soft, filled):
+def test_layout_follows_the_rules(parents, count, soft, filled, length):
     tree = make_tree(parents)
     num_nodes, num_committed = len(parents), len(filled)
     committed = [sum(filled[:i]) if full else -1 for i, full in enumerate(filled)]
     nodes = likeliest_ends(tree, count)
     layout = verify_layout(
-        tree, nodes, slot_position_ids=torch.tensor([committed], dtype=torch.long), soft_prompt_length=soft
+        tree,
+        nodes,
+        slot_position_ids=torch.tensor([committed], dtype=torch.long),
+        soft_prompt_length=soft,
+        contemplate_length=length,
     )
     root = sum(filled)  # positions 0 .. root - 1 are committed
-    owners = list(range(num_nodes)) + nodes[0].tolist()
-    positions = [root + tree.depths[0, n].item() + (row >= num_nodes) for row, n in enumerate(owners)]
+    owners = list(range(num_nodes)) + length * nodes[0].tolist()
+    # How many places behind its node a row stands: 0 for nodes, then all first contemplate tokens, all second ones, ...
+    behind = num_nodes * [0] + [1 + number for number in range(length) for _ in nodes[0]]
+    positions = [root + tree.depths[0, n].item() + more for n, more in zip(owners, behind, strict=True)]
+    assert layout.contemplate_rows == len(owners) - num_nodes
     assert layout.position_ids.tolist() == [positions]
     assert layout.key_places.tolist() == [[-1] * soft + committed + positions]
     assert layout.mask.shape == (1, len(owners), soft + num_committed + len(owners))
@@ -298,7 +306,8 @@ def test_layout_follows_the_rules(parents, count, soft, filled):
         expected = {soft + i for i in range(num_committed) if filled[i]}
         expected |= {soft + num_committed + node for node in ancestors_or_self(parents, owner)}
         if contemplates:
-            expected |= set(range(soft)) | {soft + num_committed + row}
+            own = [other for other in range(num_nodes, row + 1) if owners[other] == owner]
+            expected |= set(range(soft)) | {soft + num_committed + other for other in own}
         assert set(layout.mask[0, row].nonzero().flatten().tolist()) == expected
 
 
