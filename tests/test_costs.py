@@ -109,6 +109,20 @@ def test_drafting_is_free_until_it_is_timed_or_guessed():
     assert costs.draft(0, 0, 6) == 0
 
 
+def test_what_contemplation_takes_beside_its_rows_is_no_matter_of_rows():
+    """Rounds with it and without, on a machine that turns slow: the curve stays that of rows."""
+    costs = swept()
+    costs.contemplation = 0.02
+    for number in range(60):
+        pace, rows, beside = (2.0 if number > 30 else 1.0), (4, 12)[number % 2], (0.0, 0.02)[number // 2 % 2]
+        costs.observe(rows, 100, pace * (0.04 + 0.002 * rows + beside), beside=beside)
+    assert costs.verify(12, 100) / costs.verify(4, 100) == pytest.approx(0.064 / 0.048, rel=0.05)
+    assert CostModel.from_dict(costs.to_dict()).contemplation == 0.02
+    assert CostModel.from_dict({**costs.to_dict(), "contemplation": None}).contemplation is None
+    with pytest.raises(ValueError, match="Costs: got data that cannot be read .contemplation of -1 seconds"):
+        CostModel.from_dict({**costs.to_dict(), "contemplation": -1})
+
+
 def test_given_costs_are_taken_at_their_word():
     costs = CostModel({1: 0.04, 8: 0.05}, draft_step=0.004, learns=False)
     costs.observe(1, 0, 9.0, 1, 6, 9.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -270,6 +271,24 @@ def test_the_bench_runs_as_many_rows_as_it_is_asked_for(monkeypatch):
     assert all(bench.run(rows) > 0 for rows in (1, 2, 16))
     assert seen == [1, 2, 16]
     assert bench.draft_share() == 0
+
+
+def test_what_a_gated_lora_adds_is_the_least_difference_of_passes(monkeypatch):
+    model = tiny_llama()
+    seconds = iter([9.0, 0.050, 0.041, 0.047, 0.040, 0.060, 0.043])  # with products, then with and without in turn
+    bench = Bench(model, [2, 4, 5], None, "plain", acting=lambda rows: nullcontext())
+    monkeypatch.setattr(bench, "run", lambda rows, products=0: next(seconds))
+    assert bench.contemplation() == pytest.approx(0.007)
+    assert Bench(model, [2, 4, 5], None, "plain").contemplation() == 0.0
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_it_is_timed_where_there_is_one(lora_rank):
+    model = tiny_llama()
+    assistant = make_assistant(model, lora_rank=lora_rank, future_words=1)
+    model.generate(PROMPT, assistant_model=assistant, policy="auto", max_new_tokens=8)
+    (costs,) = assistant.experience.costs.values()
+    assert (costs.contemplation > 0) == (lora_rank > 0), "dozens of calls take time, however small the products"
 
 
 def test_no_draft_wanted_is_none_drafted():

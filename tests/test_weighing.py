@@ -143,6 +143,17 @@ def test_a_contemplate_token_only_where_it_pays(worth, expected):
     assert best.tokens == pytest.approx(1.7) and best.seconds == pytest.approx(1.1 + expected / 10)
 
 
+@pytest.mark.parametrize(
+    ("beside", "length", "expected"), [(0.0, 1, 2), (0.15, 1, 2), (0.3, 1, 0), (0.0, 2, 1), (0.2, 4, 0)]
+)
+def test_a_contemplated_node_costs_its_rows_and_what_comes_with_any(beside, length, expected):
+    """As above, worth 0.6: each node takes `length` rows, and the first one brings `beside` seconds with it."""
+    futures = [[0.6], [0.42, 0.6]]
+    best = best_number([0.7], 1, 1, lambda more: 1.0 + more / 10, futures, length, beside)
+    assert (best.nodes, best.contemplate_tokens) == (1, expected)
+    assert best.seconds == pytest.approx(1.1 + length * expected / 10 + (beside if expected else 0.0))
+
+
 def test_rows_up_to_a_step_of_the_cost_curve_are_filled():
     """Eight rows cost what one costs, nine twice that. Nodes and contemplate tokens share the seven beside the root."""
     seconds = lambda more: 1.0 if more < 8 else 2.0  # noqa: E731

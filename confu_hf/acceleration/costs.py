@@ -111,6 +111,10 @@ class CostModel:
         draft_step: seconds of a draft step; None = nothing known: drafting costs nothing until it is timed.
         learns: whether rounds move the estimates.
 
+    Attributes:
+        contemplation: seconds that contemplate tokens add to a pass beside their rows, whatever their number: the calls of
+            a gated LoRA's products. None = not known, counted as nothing.
+
     Example:
         confu.costs = CostModel({1: 0.040, 8: 0.052, 16: 0.089}, draft_step=0.004)
     """
@@ -123,6 +127,7 @@ class CostModel:
         self._curves: dict[tuple[str, int], Curve] = {("verify", 0): Curve(dict(verify or {1: 1.0}))}
         self._draft_step = draft_step
         self._pace = RunningMean(1.0)
+        self.contemplation: float | None = None
 
     def verify(self, rows: int, context: int) -> float:
         """A round without its drafting."""
@@ -148,16 +153,20 @@ class CostModel:
         steps: int = 0,
         width: int = 0,
         draft_seconds: float = 0.0,
+        beside: float = 0.0,
     ) -> None:
-        """A round: its seconds without drafting, and those of its drafting (0 steps: not timed).
+        """A round: its seconds without drafting, and those of its drafting (0 steps: not timed). `beside`: of the former, at
+        the usual pace, those that are no matter of rows.
 
         What makes rounds of every kind slower for a while is no one's cost: it is divided out as the machine's pace.
         """
         if not self.learns or verify_seconds <= 0:
             return
         curve = self._own_curve("verify", context)
-        self._pace.add(min(max(verify_seconds / curve(rows), 1 / MOST_PACE), MOST_PACE), PACE_MEMORY)
-        curve.add(rows, verify_seconds / self._pace.value)
+        expected = curve(rows) + beside
+        self._pace.add(min(max(verify_seconds / expected, 1 / MOST_PACE), MOST_PACE), PACE_MEMORY)
+        # In proportion: noise of a round must not fall on its rows alone.
+        curve.add(rows, verify_seconds / self._pace.value * curve(rows) / expected)
         if steps and draft_seconds > 0:
             step = draft_seconds / self._pace.value / steps
             self._own_curve(f"draft {width}", context, default=step).add(steps, step)
@@ -214,7 +223,7 @@ class CostModel:
             }
             for (kind, index), curve in self._curves.items()
         ]
-        return {"curves": curves, "draft_step": self._draft_step}
+        return {"curves": curves, "draft_step": self._draft_step, "contemplation": self.contemplation}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
@@ -228,6 +237,10 @@ class CostModel:
             curves = {(str(entry["kind"]), int(entry["range"])): _curve_from(entry) for entry in data["curves"]}
             if not any(kind == "verify" for kind, _ in curves):
                 raise KeyError("verify")
+            beside = data.get("contemplation")
+            model.contemplation = None if beside is None else float(beside)
+            if beside is not None and not 0 <= model.contemplation < math.inf:
+                raise ValueError(f"contemplation of {beside} seconds")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise refusal(
                 "Costs", got=f"data that cannot be read ({error})", expected="CostModel.to_dict()", fix="Measure anew."

@@ -264,14 +264,16 @@ class CostPolicy:
         seconds = dict(record.seconds)
         draft_seconds = seconds.pop("draft", 0.0)
         steps = 0 if this.reads_backlog else this.steps
-        self.costs.observe(rows, this.context, sum(seconds.values()), steps, self.options.top_k, draft_seconds)
+        whole, width = sum(seconds.values()), self.options.top_k
+        beside = self._beside(record.contemplate_tokens > 0)
+        self.costs.observe(rows, this.context, whole, steps, width, draft_seconds, beside)
         for forecast, path, ended in zip(record.forecasts, record.path, record.ended, strict=False):
             # Where a text ended, nobody was asked about the children of its last node.
             for node, accepted in forecast.outcomes(path) if not ended else ():
                 calibration = self.experience.lookup if forecast.looked_up[node] else self.calibration
                 calibration.learn(forecast.drafted[node], forecast.depths[node], accepted)
         if this.steps:  # what was looked up cost nothing, and says nothing of the network
-            self._weigh(record.accepted, rows)
+            self._weigh(record.accepted, rows, beside)
             self.experience.proof += (sum(record.accepted) - sum(this.active)) / max(1, sum(this.active))
             learns = self.options.contemplate and not this.probe
             learns = learns and len(self.fresh) == len(record.accepted)  # rows that ended have left
@@ -285,12 +287,12 @@ class CostPolicy:
             0 if rows == len(record.accepted) else self.experience.rounds_since_plain + 1
         )
 
-    def _weigh(self, accepted: Sequence[int], rows: int) -> None:
+    def _weigh(self, accepted: Sequence[int], rows: int, beside: float) -> None:
         """Whether drafting pays. Judged by what was expected, which scatters less than what came; a probe, which is to
         find out whether expectations are wrong, by what came."""
         this, active = self.round, max(1, sum(self.round.active))
         tokens = sum(accepted) if this.probe else this.best.tokens
-        seconds = self._draft_seconds(this.steps) + self.costs.verify(rows, this.context)
+        seconds = self._draft_seconds(this.steps) + self.costs.verify(rows, this.context) + beside
         cost = seconds / self.costs.verify(len(accepted), this.context)  # in plain rounds
         gained = tokens / active - cost
         self.gain.add(gained, GAIN_MEMORY)
@@ -331,7 +333,12 @@ class CostPolicy:
             cache(lambda more: drafting + self._pass_seconds(more)),
             [row[: max(0, limit - nodes) // self.contemplate_length] for nodes, row in enumerate(futures)],
             self.contemplate_length,
+            self._beside(True),
         )
+
+    def _beside(self, contemplates: bool) -> float:
+        """Seconds of a pass that contemplate tokens take beside their rows."""
+        return (self.costs.contemplation or 0.0) if contemplates else 0.0
 
     def _stake(self) -> float:
         """The most seconds that this round may take, as far as drafting has proved itself."""

@@ -137,6 +137,8 @@ class Experience:
                 # Few rows wait for weights to be read: a draft step is as much cheaper as its network is smaller.
                 costs.sweep(bench.run, SWEEP_ROWS, SWEEP_SECONDS, bench.draft_share())
                 save_costs(key, costs)
+            if costs.contemplation is None:
+                costs.contemplation = bench.contemplation()
             self.costs[key] = costs
         return self.costs[key]
 

@@ -7,6 +7,7 @@ before, is assistant/routing.py's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 
 import torch
@@ -76,6 +77,10 @@ class Decoder:
         self.expect: Callable[[int], None] = lambda rows: None  # told of the rows of every verify pass beforehand
         self.tally, self.stopwatch = Tally(), Stopwatch(working_device(target))
         self.cache: TreeCache | None = None
+
+    def products(self) -> Callable[[int], AbstractContextManager] | None:
+        """Within it, the last rows of a pass get what a gated LoRA adds for contemplate tokens; None = nothing is added."""
+        return None if self.contemplator is None or self.contemplator.low_rank is None else self.contemplator.acting
 
     def start(self, prompt: Prompt) -> tuple[DecodingState, Acceptance]:
         """Prefill, and the first token: a round whose tree is only its root, the prompt's last token."""
@@ -316,9 +321,8 @@ def confu_generate(
     with accelerated(decoder.target, decoder.drafter.network, pack_weights, products) as acceleration:
         decoder.expect = acceleration.expect
         execution = f"pack_weights={pack_weights}, compiled={acceleration.execution.compiled}"
-        decoder.policy.prepare(
-            Bench(decoder.target, decoder.layer_ids, decoder.drafter.network, execution, acceleration.expect)
-        )
+        models = (decoder.target, decoder.layer_ids, decoder.drafter.network)
+        decoder.policy.prepare(Bench(*models, execution, acceleration.expect, decoder.products()))
         while True:
             if streamer is not None:
                 streamer.put(host.hold(acceptance.emitted[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,8 @@ from ..tree.growing import grow_tree
 from ..tree.layout import verify_layout
 from .stats import Stopwatch
 
+PRODUCT_ROWS, PRODUCT_PASSES = 4, 3  # of the passes that a gated LoRA is timed in
+
 
 class Bench:
     """The models of a call, and passes of them to time.
@@ -25,6 +28,7 @@ class Bench:
         target: the model. layer_ids: whose entering hidden states are asked for, as when decoding.
         draft: the network that drafts, if one does. execution: how the passes run: packed, compiled, ...
         expect: told of the rows of every pass beforehand; None = no one wants to know.
+        acting: within it a pass gives its last rows a gated LoRA's products; None = there is none.
     """
 
     def __init__(
@@ -34,9 +38,10 @@ class Bench:
         draft: PreTrainedModel | None,
         execution: str,
         expect: Callable[[int], None] | None = None,
+        acting: Callable[[int], AbstractContextManager] | None = None,
     ):
         self.target, self.layer_ids = target, layer_ids
-        self.draft, self.execution, self.expect = draft, execution, expect
+        self.draft, self.execution, self.expect, self.acting = draft, execution, expect, acting
 
     def key(self) -> CostKey:
         """What the costs of these models are kept under."""
@@ -47,8 +52,18 @@ class Bench:
         draft = 0 if self.draft is None else sum(parameter.numel() for parameter in self.draft.parameters())
         return draft / sum(parameter.numel() for parameter in self.target.parameters())
 
-    def run(self, rows: int) -> float:
-        """Seconds of a verify pass over a root and `rows - 1` children of it, behind no context.
+    def contemplation(self) -> float:
+        """Seconds that a gated LoRA's products add to a pass: of the least of a few passes each, with and without."""
+        if self.acting is None:
+            return 0.0
+        self.run(PRODUCT_ROWS, PRODUCT_ROWS)  # the first one pays for what later ones find ready
+        times = [(self.run(PRODUCT_ROWS, PRODUCT_ROWS), self.run(PRODUCT_ROWS)) for _ in range(PRODUCT_PASSES)]
+        with_products, without = (min(part) for part in zip(*times, strict=True))
+        return max(0.0, with_products - without)
+
+    def run(self, rows: int, products: int = 0) -> float:
+        """Seconds of a verify pass over a root and `rows - 1` children of it, behind no context; the last `products` rows
+        with those of a gated LoRA.
 
         On a CPU those that this process was given, shared among its threads: other processes do not bend the curve.
         """
@@ -67,7 +82,7 @@ class Bench:
         if self.expect is not None:
             self.expect(rows)
         start = time.process_time()
-        with stopwatch.phase("verify"):
+        with stopwatch.phase("verify"), self.acting(products) if products else nullcontext():
             verify(self.target, layout, None, cache, self.layer_ids)
         if device.type == "cpu":
             return (time.process_time() - start) / torch.get_num_threads()

@@ -58,6 +58,7 @@ def best_number(
     seconds: Callable[[int], float],
     futures: Sequence[Sequence[float]] = (),
     contemplate_length: int = 1,
+    beside: float = 0.0,
 ) -> Best:
     """Every number of nodes is looked at: the cost of a pass has steps. Nodes and contemplate tokens share the rows up to
     the next step, so they are chosen together.
@@ -67,14 +68,14 @@ def best_number(
         limit: the most nodes. active: batch rows that have not ended, each sure of one token.
         seconds: of a round with so many rows beside the root, for each batch row.
         futures: for 0, 1, ... nodes, the tokens that 1, 2, ... contemplated nodes bring to the next round; never falling.
-        contemplate_length: rows that each of these takes.
+        contemplate_length: rows that each of these takes. beside: seconds of a round that has any, beside those rows.
     """
     tokens, best, value = float(active), Best(0, float(active), seconds(0)), float(active)
     for number in range(min(limit, len(gains)) + 1):
         tokens += gains[number - 1] if number else 0.0
         brought = (0.0, *futures[number]) if futures else (0.0,)
         for count, more in enumerate(brought):
-            cost = seconds(number + contemplate_length * count)
+            cost = seconds(number + contemplate_length * count) + (beside if count else 0.0)
             if (tokens + more) * best.seconds > value * cost:
                 best, value = Best(number, tokens, cost, count), tokens + more
             elif (tokens + brought[-1]) * best.seconds <= value * cost:
