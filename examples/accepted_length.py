@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confu_hf import ConFuAssistant
+from confu_hf.acceleration.attention import grouped_queries
 from confu_hf.acceleration.packing import packed_linears
 from confu_hf.options import TreeOptions
 from confu_hf.training.data import IGNORED, ConversationCollator
@@ -90,7 +91,7 @@ def answers(
         texts = [tokenizer(chat_text(tokenizer, p.messages), add_special_tokens=False)["input_ids"] for p in missing]
         order = sorted(range(len(missing)), key=lambda number: len(texts[number]))
         requests = [Request(tuple(texts[n]), args.temperature, _seed(args.seed, missing[n].id)) for n in order]
-        with packed_linears(model, None):
+        with grouped_queries(model), packed_linears(model, None):
             made = list(tqdm(Regenerator(model, 64, args.max_new_tokens).answers(requests), "answers", len(requests)))
         for answer in made:
             prompt, ends = missing[order[answer.index]], [tokenizer.eos_token_id] if answer.finished else []

@@ -26,8 +26,8 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from _smollm2 import load_target
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confu_hf.acceleration.attention import grouped_queries
 from confu_hf.acceleration.packing import PACK_LIMIT_BYTES, PackedLinears
 from confu_hf.errors import refusal
 from confu_hf.training.overlap import OverlapIndex, normalised_text
@@ -183,11 +184,14 @@ def output_row(job: Job, text: str, finished: bool) -> dict:
     return record | {"messages": [*messages, {"role": "assistant", "content": text}]}
 
 
-def packed(model: PreTrainedModel) -> AbstractContextManager:
-    """Within it, the model computes with weights laid out for the CPU, in batches of any size."""
-    if model.device.type != "cpu" or model.get_memory_footprint() > PACK_LIMIT_BYTES:
-        return nullcontext()
-    return PackedLinears(model, max_rows=MAX_PREFILL_TOKENS["cpu"]).active()
+@contextmanager
+def packed(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, the model attends without copies and, on a CPU, computes with weights laid out for it, in batches of any
+    size."""
+    packs = model.device.type == "cpu" and model.get_memory_footprint() <= PACK_LIMIT_BYTES
+    layers = PackedLinears(model, max_rows=MAX_PREFILL_TOKENS["cpu"]).active() if packs else nullcontext()
+    with grouped_queries(model), layers:
+        yield
 
 
 def answer_jobs(

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.utils import logging
 
 from confu_hf import ConFuAssistant
+from confu_hf.acceleration.attention import grouped_queries
 from confu_hf.acceleration.packing import packed_linears
 from confu_hf.errors import refusal
 from confu_hf.options import TreeOptions
@@ -148,8 +149,11 @@ def run_recipe(
         adapter=adapter_shape,
     )
 
+    @contextmanager
     def packed(model):
-        return packed_linears(model, None) if model.device.type == "cpu" else nullcontext()
+        layers = packed_linears(model, None) if model.device.type == "cpu" else nullcontext()
+        with grouped_queries(model), layers:
+            yield
 
     Recipe(training.output_dir, target, tokenizer, questions, ConFuAssistant, options, packed).run()
     print(summary(training.output_dir))

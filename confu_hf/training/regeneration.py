@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from .. import compat
-from ..acceleration.attention import grouped_queries
 from ..errors import refusal
 from ..target.masks import model_mask
 from ..target.support import check_supported
@@ -243,8 +242,7 @@ class Regenerator:
             if not request.tokens:
                 raise refusal(f"request {index}", got="no tokens", expected="at least one", fix="Leave it out.")
         if requests:
-            with grouped_queries(self.model):
-                yield from _Batch(self, requests).run()
+            yield from _Batch(self, requests).run()
 
 
 class _Batch:

@@ -104,14 +104,7 @@ def verify_layout(
         ValueError: if the batch sizes differ or S is negative.
     """
     batch_size, num_nodes = tree.tokens.shape
-    if not batch_size == contemplate_nodes.shape[0] == slot_position_ids.shape[0] or soft_prompt_length < 0:
-        raise refusal(
-            "verify_layout",
-            got=f"a tree of shape {tuple(tree.tokens.shape)}, contemplate_nodes {tuple(contemplate_nodes.shape)}, "
-            f"slot_position_ids {tuple(slot_position_ids.shape)}, soft_prompt_length={soft_prompt_length}",
-            expected="the same batch size in all of them and a length of 0 or more",
-            fix="Take them from one decoding state.",
-        )
+    _check_arguments(tree, contemplate_nodes, slot_position_ids, soft_prompt_length)
     device, width = tree.tokens.device, num_nodes + contemplate_length * contemplate_nodes.shape[1]
     if root_places is None:
         root_places = torch.nn.functional.pad(slot_position_ids, (1, 0), value=-1).amax(dim=1, keepdim=True) + 1
@@ -139,6 +132,17 @@ def verify_layout(
         soft_prompt_length=soft_prompt_length,
         contemplate_length=contemplate_length,
     )
+
+
+def _check_arguments(tree: DraftTree, contemplate_nodes: Tensor, slots: Tensor, soft_prompt_length: int) -> None:
+    if not len(tree.tokens) == len(contemplate_nodes) == len(slots) or soft_prompt_length < 0:
+        raise refusal(
+            "verify_layout",
+            got=f"a tree of shape {tuple(tree.tokens.shape)}, contemplate_nodes {tuple(contemplate_nodes.shape)}, "
+            f"slot_position_ids {tuple(slots.shape)}, soft_prompt_length={soft_prompt_length}",
+            expected="the same batch size in all of them and a length of 0 or more",
+            fix="Take them from one decoding state.",
+        )
 
 
 def _plain_step(
