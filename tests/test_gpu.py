@@ -177,7 +177,8 @@ def test_fused_kernels_agree_with_float64():
 @pytest.mark.parametrize(("options", "most"), [({"policy": "fixed"}, 1), ({"policy": "auto"}, 2)])
 @pytest.mark.parametrize("words", [None, 2], ids=["eagle3", "two words"])
 def test_a_greedy_round_waits_for_the_gpu_as_seldom_as_host_py_says(options, most, words, monkeypatch):
-    """Once for the target's word; with `policy="auto"` once more for the tree. Counted by PyTorch itself."""
+    """Once for the target's word; with `policy="auto"` once more for the tree. Counted by PyTorch itself, without lookup and
+    without the stopwatch, which waits for its own marks once a round is over."""
     target = tiny_llama().cuda()
     config = {"contemplate": False} if words is None else {"future_words": words, "lora_rank": 2}
     confu, prompt = make_assistant(target, **config), PROMPT.cuda()
