@@ -73,10 +73,12 @@ def test_a_fresh_one_is_silent():
     assert not draft.words(torch.randn(1, 4 * 32, dtype=torch.float64)).any()
 
 
-def test_an_ancestors_word_is_not_heard():
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_ancestors_words_are_not_heard(count):
     target = tiny_llama()
-    confu = tiny_pair(target, future_words=1)
-    futures = torch.arange(1, 1 + 2 * 4 * 32.0).view(2, 4 * 32)
+    confu = tiny_pair(target, future_words=count)
+    width = (3 + count) * 32
+    futures = torch.arange(1, 1 + 2.0 * width).view(2, width)
     timely = confu.contemplator(target).timely(futures, torch.tensor([True, False]))
     assert torch.equal(timely[0], futures[0])
     assert torch.equal(timely[1, : 3 * 32], futures[1, : 3 * 32]) and not timely[1, 3 * 32 :].any()
