@@ -21,8 +21,8 @@ class TreeOptions:
         top_k: nodes expanded per draft step, and children considered for each.
         confidence_threshold: drafted tokens to which the draft gives a smaller joint probability (from the root down)
             are not verified, and drafting stops when none is left. 0 = always the whole tree.
-        contemplate_tokens: contemplate tokens per round (`M`), on the nodes most likely to be the last accepted; None
-            = one for every node.
+        contemplate_tokens: nodes that contemplate per round (`M`), those most likely to be the last accepted; each has
+            one contemplate token, or as many as the pair has `future_words`. None = every node.
         contemplate: False switches contemplation off (EAGLE-3 mode).
         lookup: what followed where the text read alike before joins the tree as further branches.
         draft_sampling: when `generate` samples, draw the tree from the draft's distribution instead of taking its best
@@ -60,7 +60,7 @@ class ConFuGenerationConfig(GenerationConfig):
         top_k: how many nodes are expanded per layer, and children per node. Not the sampling option: an assistant does
             not sample. As an argument of `generate`, where that name is taken, it is `draft_top_k`.
         confidence_threshold: drafted nodes of a smaller joint probability are not verified.
-        contemplate_tokens: contemplate tokens of a verify pass; None = one for every node and the root.
+        contemplate_tokens: nodes of a verify pass that contemplate; None = every node and the root.
         contemplate: False = EAGLE-3 mode.
         lookup: whether what followed earlier, alike places of the text joins the tree.
         draft_sampling: when `generate` samples, draw the tree and verify it by recursive rejection.

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,8 +151,7 @@ def run_recipe(
 
     @contextmanager
     def packed(model):
-        layers = packed_linears(model, None) if model.device.type == "cpu" else nullcontext()
-        with grouped_queries(model), layers:
+        with grouped_queries(model), packed_linears(model, None):
             yield
 
     Recipe(training.output_dir, target, tokenizer, questions, ConFuAssistant, options, packed).run()

@@ -161,12 +161,11 @@ def test_a_pair_gets_more_words_and_keeps_what_it_has(tmp_path):
     same = starting_pair(ConFuAssistant, tiny_llama(dtype=torch.float32), None, **arguments)
     assert same.config.future_words == 1
     grown.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"future_words: got 1 for a pair that has 2, expected 2 or more. Leave it out"
-    ):
-        starting_pair(
-            ConFuAssistant, tiny_llama(dtype=torch.float32), None, draft_shape=DraftShape(future_words=1), **arguments
-        )
+    for fewer in (0, 1):
+        shape, target = DraftShape(future_words=fewer), tiny_llama(dtype=torch.float32)
+        text = rf"future_words: got {fewer} for a pair that has 2, expected 2 or more. Leave it out"
+        with pytest.raises(ValueError, match=text):
+            starting_pair(ConFuAssistant, target, None, draft_shape=shape, **arguments)
 
 
 def test_each_contemplate_token_is_asked_for_a_word_of_its_own():

@@ -279,16 +279,23 @@ def test_what_a_gated_lora_adds_is_the_least_difference_of_passes(monkeypatch):
     bench = Bench(model, [2, 4, 5], None, "plain", acting=lambda rows: nullcontext())
     monkeypatch.setattr(bench, "run", lambda rows, products=0: next(seconds))
     assert bench.contemplation() == pytest.approx(0.007)
-    assert Bench(model, [2, 4, 5], None, "plain").contemplation() == 0.0
+    assert Bench(model, [2, 4, 5], None, "plain").contemplation() is None
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_it_is_timed_where_there_is_one(lora_rank):
     model = tiny_llama()
     assistant = make_assistant(model, lora_rank=lora_rank, future_words=1)
-    model.generate(PROMPT, assistant_model=assistant, policy="auto", max_new_tokens=8)
+    arguments = {"assistant_model": assistant, "policy": "auto", "max_new_tokens": 8}
+    model.generate(PROMPT, contemplate=False, **arguments)
     (costs,) = assistant.experience.costs.values()
-    assert (costs.contemplation > 0) == (lora_rank > 0), "dozens of calls take time, however small the products"
+    assert costs.contemplation is None, "a call that does not contemplate has nothing to time"
+    model.generate(PROMPT, **arguments)
+    assert list(assistant.experience.costs.values()) == [costs]
+    if not lora_rank:
+        assert costs.contemplation is None
+    else:
+        assert costs.contemplation > 0, "dozens of calls take time, however small the products"
 
 
 def test_no_draft_wanted_is_none_drafted():

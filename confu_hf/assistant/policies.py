@@ -37,8 +37,6 @@ class DecidesRounds:
         Args:
             options: the tree options of this call, those of `generation_config` and of `generate` put together.
         """
-        return (
-            FixedPolicy(options)
-            if options.policy == "fixed"
-            else CostPolicy(options, self.experience, self.contemplate_length)
-        )
+        if options.policy == "fixed":
+            return FixedPolicy(options)
+        return CostPolicy(options, self.experience, self.contemplate_length)

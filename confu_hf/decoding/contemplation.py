@@ -65,8 +65,8 @@ class Contemplator:
         return self.layer.contemplate_embedding(features, self.adapter_name)
 
     def context(self, cache: Cache) -> ContemplateContext:
-        """Keys and values of a finished text, and the soft prompts, for [`anchors`]."""
-        return ContemplateContext(cache, self.soft_prompts())
+        """Keys and values of a finished text, and the soft prompts, for [`anchors`] of as many positions each time."""
+        return ContemplateContext(cache, self.soft_prompts(), is_reused=True)
 
     def anchors(self, context: ContemplateContext, features: Tensor, positions: Tensor) -> Tensor:
         """Contemplate after positions of a finished text, as after the nodes of one verify pass.

@@ -137,9 +137,9 @@ class Experience:
                 # Few rows wait for weights to be read: a draft step is as much cheaper as its network is smaller.
                 costs.sweep(bench.run, SWEEP_ROWS, SWEEP_SECONDS, bench.draft_share())
                 save_costs(key, costs)
-            if costs.contemplation is None:
-                costs.contemplation = bench.contemplation()
             self.costs[key] = costs
+        if self.costs[key].contemplation is None:
+            self.costs[key].contemplation = bench.contemplation()
         return self.costs[key]
 
     def keep(self, bench: Bench) -> None:

@@ -52,10 +52,11 @@ class Bench:
         draft = 0 if self.draft is None else sum(parameter.numel() for parameter in self.draft.parameters())
         return draft / sum(parameter.numel() for parameter in self.target.parameters())
 
-    def contemplation(self) -> float:
-        """Seconds that a gated LoRA's products add to a pass: of the least of a few passes each, with and without."""
+    def contemplation(self) -> float | None:
+        """Seconds that a gated LoRA's products add to a pass: of the least of a few passes each, with and without. None
+        without one, as in a call that does not contemplate: the next one may."""
         if self.acting is None:
-            return 0.0
+            return None
         self.run(PRODUCT_ROWS, PRODUCT_ROWS)  # the first one pays for what later ones find ready
         times = [(self.run(PRODUCT_ROWS, PRODUCT_ROWS), self.run(PRODUCT_ROWS)) for _ in range(PRODUCT_PASSES)]
         with_products, without = (min(part) for part in zip(*times, strict=True))

@@ -20,9 +20,9 @@ class _ContextLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, soft_prompt: Sequence[Tensor] | None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, soft_prompt: Sequence[Tensor] | None, is_reused: bool) -> None:
         self.keys, self.values, self.soft_prompt = keys.detach(), values.detach(), soft_prompt
-        self.joined: tuple[Tensor, Tensor] | None = None  # with room for the newest tokens, where nothing is learned
+        self.is_reused, self.joined, self.count = is_reused, (), 0  # the last `count` slots are the new tokens'
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -30,18 +30,15 @@ class _ContextLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         new = (key_states, value_states)
-        if torch.is_grad_enabled():
+        if not self.is_reused:
             return self._join(new)
-        # The same context is asked again and again: it is copied once.
-        length = self.joined[0].shape[2] - self.keys.shape[2] - self._prompt_length() if self.joined else 0
-        if length != key_states.shape[2]:
-            self.joined = self._join(new)
-        for states, part in zip(self.joined, new, strict=True):
-            states[:, :, -part.shape[2] :] = part
+        count = key_states.shape[2]
+        if self.count != count:
+            self.joined, self.count = self._join(new), count
+        else:
+            for states, part in zip(self.joined, new, strict=True):
+                states[:, :, -count:] = part
         return self.joined
-
-    def _prompt_length(self) -> int:
-        return 0 if self.soft_prompt is None else self.soft_prompt[0].shape[0]
 
     def _join(self, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """`(B, kv_heads, S + C + K, head_dim)` of keys and values."""
@@ -72,9 +69,11 @@ class ContemplateContext(Cache):
     Args:
         context: DynamicCache() (without config) or TreeCache of that pass; every layer must hold all its tokens.
         soft_prompts: [`SoftPrompts`] with or without gradient, or None.
+        is_reused: many passes of as many tokens follow, without gradients: `[S | C | new]` is laid out once, beside the
+            context, and only what is new is written. Else it is made for each pass, and nothing of it is kept.
     """
 
-    def __init__(self, context: Cache, soft_prompts: SoftPrompts | None = None) -> None:
+    def __init__(self, context: Cache, soft_prompts: SoftPrompts | None = None, is_reused: bool = False) -> None:
         num_layers = len(context.layers)
         if soft_prompts is not None and len(soft_prompts) != num_layers:
             raise refusal(
@@ -93,7 +92,8 @@ class ContemplateContext(Cache):
                     expected="all of them",
                     fix="Run the context pass with a DynamicCache(), without a config, or a TreeCache.",
                 )
-            layers.append(_ContextLayer(layer.keys, layer.values, None if soft_prompts is None else soft_prompts[i]))
+            prompt = None if soft_prompts is None else soft_prompts[i]
+            layers.append(_ContextLayer(layer.keys, layer.values, prompt, is_reused))
         super().__init__(layers=layers)
         self.soft_prompt_length = 0 if soft_prompts is None else soft_prompts[0][0].shape[0]
 

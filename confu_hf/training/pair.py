@@ -48,8 +48,8 @@ class DraftShape:
     own_embeddings: bool | None = field(default=None, metadata={"help": "token embeddings of the draft's own"})
     draft_hidden_size: int | None = field(default=None, metadata={"help": "width of the draft; default the target's"})
     target_layer_ids: list[int] | None = field(default=None, metadata={"help": "layers that are read"})
-    future_words: int = field(
-        default=0,
+    future_words: int | None = field(
+        default=None,
         metadata={
             "help": "ConFu: so many contemplate tokens in a row, whose own words join the first drafted rows' logits"
         },
@@ -58,7 +58,7 @@ class DraftShape:
     def config(self, target: PreTrainedModel, *, contemplate: bool) -> ConFuConfig:
         """The draft's configuration for `target`."""
         fields = {name: value for name, value in asdict(self).items() if value is not None}
-        fields["future_words"] = self.future_words if contemplate else 0
+        fields["future_words"] = (self.future_words or 0) if contemplate else 0
         fields["draft_vocab_size"] = min(self.draft_vocab_size, target.config.get_text_config().vocab_size)
         if "draft_hidden_size" in fields:
             fields["hidden_size"] = fields.pop("draft_hidden_size")
@@ -146,7 +146,7 @@ def starting_pair(
     else:
         draft = assistant_class.from_pretrained(init_from, dtype=torch.float32)
         if contemplate and not draft.config.contemplate:
-            draft = confu_from_eagle3(assistant_class, draft, future_words=draft_shape.future_words)
+            draft = confu_from_eagle3(assistant_class, draft, future_words=draft_shape.future_words or 0)
             if draft.config.future_words:
                 open_words(draft, target)
             if adapter_from is not None:
@@ -167,7 +167,9 @@ def starting_pair(
 def _more_words(draft: ConFuDraftModel, shape: DraftShape) -> bool:
     """Whether `shape` asks for more words than the draft has; it is refused if it asks for fewer."""
     has = draft.config.future_words
-    if 0 < shape.future_words < has:
+    if shape.future_words is None:
+        return False
+    if shape.future_words < has:
         raise refusal(
             "future_words",
             got=f"{shape.future_words} for a pair that has {has}",
@@ -182,7 +184,7 @@ def _grown(
 ) -> ConFuDraftModel:
     """The same draft without the adapter that it was loaded with, and with the words that `shape` asks for."""
     known, config = draft.config.future_words, draft.config.to_dict()
-    grown = draft_class(ConFuConfig.from_dict({**config, "future_words": max(known, shape.future_words)}))
+    grown = draft_class(ConFuConfig.from_dict({**config, "future_words": max(known, shape.future_words or 0)}))
     weights = draft.state_dict()
     words = weights.pop("future_word.weight", None)
     grown.load_state_dict(weights, strict=False)

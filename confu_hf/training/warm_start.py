@@ -93,7 +93,8 @@ def open_words(draft: ConFuDraftModel, target: PreTrainedModel, known: int = 0, 
     """Have the draft's head say of contemplate tokens' last states what the target's head says, times `share`; the first
     `known` of them stay as they are.
 
-    A token's part of `future_word` is the `(d, d)` map `M` that makes `lm_head M` come nearest to the target's rows (least squares). An
+    A token's part of `future_word` is the `(d, d)` map `M` that makes `lm_head M` come nearest to the target's rows (least
+    squares). An
     adapter that was taught first is heard at once; one that was not adds noise, which training takes back.
     """
     head = draft.lm_head.weight.float()
