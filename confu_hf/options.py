@@ -25,6 +25,9 @@ class TreeOptions:
             one contemplate token, or as many as the pair has `future_words`. None = every node.
         contemplate: False switches contemplation off (EAGLE-3 mode).
         lookup: what followed where the text read alike before joins the tree as further branches.
+        lookup_memory: tokens of its own earlier answers that an assistant looks up in besides, across calls; the oldest
+            are forgotten. 0 = of this call's text alone, and what was remembered is forgotten. Texts stay as they are;
+            how fast one comes tells what was written before, so use 0 where callers must not learn that of each other.
         draft_sampling: when `generate` samples, draw the tree from the draft's distribution instead of taking its best
             guesses, and verify by recursive rejection: near temperature 1 more is accepted. The text has the target's
             distribution, but not the random numbers of plain decoding. Such trees have `total_tokens` nodes in every
@@ -42,6 +45,7 @@ class TreeOptions:
     contemplate_tokens: int | None = None
     contemplate: bool = True
     lookup: bool = True
+    lookup_memory: int = 100_000
     draft_sampling: bool = False
     policy: str = "auto"
     pack_weights: bool | None = None
@@ -63,6 +67,7 @@ class ConFuGenerationConfig(GenerationConfig):
         contemplate_tokens: nodes of a verify pass that contemplate; None = every node and the root.
         contemplate: False = EAGLE-3 mode.
         lookup: whether what followed earlier, alike places of the text joins the tree.
+        lookup_memory: tokens of earlier answers that are looked up in as well; 0 = none.
         draft_sampling: when `generate` samples, draw the tree and verify it by recursive rejection.
         policy: "auto" = as much of that as pays; "fixed" = exactly that.
         pack_weights: on CPU, decode with packed copies of the linear layers; None = if they are small.
@@ -87,6 +92,7 @@ def check_options(options: TreeOptions, config: ConFuConfig) -> None:
         "total_tokens": (0, None),
         "depth": (1, None),
         "top_k": (1, config.draft_vocab_size),
+        "lookup_memory": (0, None),
         "contemplate_tokens": (1, None),  # more than there are nodes is one for every node
     }
     for name, (least, most) in limits.items():

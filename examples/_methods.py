@@ -76,6 +76,9 @@ def add_tree_arguments(parser: argparse.ArgumentParser) -> None:
     tree.add_argument(
         "--lookup", action=argparse.BooleanOptionalAction, help="branches of what the text said before in the trees"
     )
+    tree.add_argument(
+        "--lookup-memory", type=int, help="tokens of earlier answers that are looked up in as well; 0 = none"
+    )
 
 
 def _count_or_all(text: str) -> int | str:
@@ -110,11 +113,15 @@ def load_methods(model: PreTrainedModel, args: argparse.Namespace, longest: int 
     if wanted & {"eagle3", "confu", "no-draft"}:
         arguments |= _load_pairs(model, args)
     if "lookup-tree" in wanted:
-        arguments["lookup-tree"] = {"assistant_model": LookupAssistant(target=model).compile(args.compile)}
+        lookup = LookupAssistant(target=model)
+        if args.lookup_memory is not None:
+            lookup.generation_config.lookup_memory = args.lookup_memory
+        arguments["lookup-tree"] = {"assistant_model": lookup.compile(args.compile)}
     if "no-draft" in wanted:
-        # Our loop without a draft: what packed weights and the preallocated cache give by themselves.
+        # Our loop without a draft: what packed weights and the preallocated cache give by themselves. Without lookup, so
+        # that the assistant does not remember from here what it will be asked to write.
         assistant = next(arguments[name]["assistant_model"] for name in ("confu", "eagle3") if name in arguments)
-        arguments["no-draft"] = {"assistant_model": assistant, "total_tokens": 0}
+        arguments["no-draft"] = {"assistant_model": assistant, "total_tokens": 0, "lookup": False}
     methods = {name: lambda name=name: arguments[name] for name in arguments}
     if "plain-compiled" in wanted:
         methods["plain-compiled"] = CompiledPlain(model, longest)
@@ -132,7 +139,8 @@ def _load_pairs(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, d
         arguments["confu"] = {"assistant_model": confu}
         if "eagle3" in wanted and not separate_eagle3:
             print(f"No EAGLE-3 draft in {DEFAULT_EAGLE3}: eagle3 is ConFu's draft with contemplate=False here.")
-            arguments["eagle3"] = {"assistant_model": confu, "contemplate": False}
+            # One of its own, which does not remember what the other wrote.
+            arguments["eagle3"] = {"assistant_model": load_assistant(args.confu, model, args), "contemplate": False}
     return arguments
 
 
@@ -150,7 +158,7 @@ def load_assistant(path: str, model: PreTrainedModel, args: argparse.Namespace) 
 
 def tree_options(options: ConFuGenerationConfig, args: argparse.Namespace) -> None:
     """Set what the command line asks for."""
-    for name in ("total_tokens", "depth", "top_k", "confidence_threshold", "lookup", "policy"):
+    for name in ("total_tokens", "depth", "top_k", "confidence_threshold", "lookup", "lookup_memory", "policy"):
         if getattr(args, name) is not None:
             setattr(options, name, getattr(args, name))
     if args.contemplate_tokens is not None:
@@ -174,8 +182,11 @@ class CompiledPlain:
 
 def warm_up(model: PreTrainedModel, inputs: BatchEncoding, methods: Methods, args: argparse.Namespace) -> None:
     """First calls pay for set-up that later ones do not: packing, compiling, measuring costs."""
-    for arguments in methods.values():
-        run(model, inputs, args.seed, **arguments(), **decoding(args) | {"max_new_tokens": WARM_UP_TOKENS})
+    for method in methods.values():
+        arguments = method()
+        if "assistant_model" in arguments:
+            arguments = arguments | {"lookup_memory": 0}  # the same question is asked again
+        run(model, inputs, args.seed, **arguments, **decoding(args) | {"max_new_tokens": WARM_UP_TOKENS})
 
 
 def in_turn(names: Sequence[str], index: int) -> list[str]:

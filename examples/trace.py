@@ -66,8 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     assistant = load_assistant(model, args)
     prompt = Prompt("prompt", "all", [{"role": "user", "content": args.prompt}])
     inputs = encode(tokenizer, prompt, model.device)
-    # The first call pays for what later ones do not: packing weights, measuring costs.
-    model.generate(**inputs, assistant_model=assistant, **decoding(args) | {"max_new_tokens": WARM_UP_TOKENS})
+    # The first call pays for what later ones do not: packing weights, measuring costs. Its text is forgotten.
+    warm_up = decoding(args) | {"max_new_tokens": WARM_UP_TOKENS, "lookup_memory": 0}
+    model.generate(**inputs, assistant_model=assistant, **warm_up)
     torch.manual_seed(args.seed)
     document = {
         "prompt": args.prompt,

@@ -71,7 +71,7 @@ def test_a_probability_is_the_prior_and_what_was_seen():
 def test_chains_tell_what_they_are_worth():
     text = LookupText([1, 2, 3, 4, 9, 9, 1, 2, 3, 5, 9, 8, 1, 2])
     text.append([3])
-    recent, older = text.chains(4)
+    recent, older = text.chains(4, 4)
     assert recent.tokens == (5, 9, 8, 1) and older.tokens == (4, 9, 9, 1)
     assert recent.log_probs[0] > older.log_probs[0]
     rates = [first - second for first, second in zip((0.0, *recent.log_probs), recent.log_probs, strict=False)]

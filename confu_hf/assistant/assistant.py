@@ -236,7 +236,8 @@ class ConFuAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds, ConFuDr
             options: the tree options of this call.
         """
         network = NetworkDrafter(self, self.input_embeddings(target.get_input_embeddings()))
-        return CombinedDrafter(network) if options.lookup else network
+        memory = self.answer_memory(options)
+        return CombinedDrafter(network, memory) if options.lookup else network
 
     def contemplator(self, target: PreTrainedModel) -> Contemplator:
         """Contemplation with this assistant's own adapter, or with the target's active one."""

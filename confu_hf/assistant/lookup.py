@@ -1,4 +1,4 @@
-"""`LookupAssistant`: an assistant without a trained draft, which drafts what the text itself said before.
+"""`LookupAssistant`: an assistant without a trained draft, which drafts what the text itself, or an earlier one, said.
 
 Who drafts is `decoding/lookup.py`'s, the route of `generate` into the decoding loop `routing.py`'s.
 """
@@ -117,7 +117,7 @@ class LookupAssistant(compat.OnlyRouted, CompilesProducts, DecidesRounds):
             target: the model that verifies.
             options: the tree options of this call.
         """
-        return LookupDrafter()
+        return LookupDrafter(self.answer_memory(options))
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         """An assistant cannot write by itself; Transformers calls this when it was attached to another model."""

@@ -8,6 +8,7 @@ from typing import Any
 from ..acceleration.costs import CostModel
 from ..decoding.cost_policy import CostPolicy
 from ..decoding.experience import Experience
+from ..decoding.memory import AnswerMemory
 from ..decoding.policy import FixedPolicy, Policy
 from ..options import TreeOptions
 
@@ -30,6 +31,11 @@ class DecidesRounds:
     @costs.setter
     def costs(self, costs: CostModel | Mapping[str, Any] | None) -> None:
         self.experience.give(costs)
+
+    def answer_memory(self, options: TreeOptions) -> AnswerMemory | None:
+        """What this assistant wrote before, as far as the options of a call let it be remembered."""
+        memory = self.experience.answers.keep(options.lookup_memory)
+        return memory if options.lookup_memory else None
 
     def new_policy(self, options: TreeOptions) -> Policy:
         """Who decides what a round may spend in one call of `generate`. Override it to decide otherwise.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..acceleration.cost_files import CostKey, load_costs, save_costs
 from ..acceleration.costs import CostModel, RunningMean
+from .memory import AnswerMemory
 from .sweep import Bench
 
 # Between these probabilities the draft is wrong in its own way.
@@ -111,6 +112,7 @@ class Experience:
         future: see there.
         rounds_since_plain: rounds since a plain one was timed.
         proof: drafted tokens that were accepted so far, by batch row.
+        answers: what the assistant wrote.
     """
 
     given: CostModel | None = None
@@ -120,6 +122,7 @@ class Experience:
     future: FutureValue = field(default_factory=FutureValue)
     rounds_since_plain: int = 0
     proof: float = 0.0
+    answers: AnswerMemory = field(default_factory=AnswerMemory)
 
     def give(self, costs: CostModel | Mapping | None) -> None:
         """Take costs from the user: a model, or `CostModel.to_dict()`'s data; None = measure."""

@@ -1,6 +1,7 @@
 """Prompt lookup: drafts what followed where the text read alike before, alone or as branches of a network's tree.
 
-Matches and their probabilities are matches.py's, joining trees and chains tree/grafting.py's.
+Matches in the text and their probabilities are matches.py's, what earlier answers say memory.py's, joining trees and
+chains tree/grafting.py's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ..tree.draft_tree import DraftTree, root_only
 from ..tree.grafting import Chain, graft
 from .drafting import Drafter
 from .matches import Match, MatchRates, NgramIndex
+from .memory import AnswerMemory
 from .policy import RoundPlan
 from .state import DecodingState, Rows
 from .wrapping import WrappingDrafter
@@ -23,14 +25,16 @@ CERTAIN = 0.5
 
 
 class LookupText:
-    """One batch row: its text, and how far its matches could be trusted so far.
+    """One batch row: its text, how far its matches could be trusted so far, and what earlier answers say.
 
     Args:
         prompt: token ids that nothing is learned from.
+        memory: of the earlier answers, to which this one is added; None = there is none.
     """
 
-    def __init__(self, prompt: list[int]):
-        self.index, self.rates = NgramIndex(prompt), MatchRates()
+    def __init__(self, prompt: list[int], memory: AnswerMemory | None = None):
+        self.index, self.rates, self.memory = NgramIndex(prompt), MatchRates(), memory
+        self.answer = None if memory is None else memory.begin(prompt)
 
     def append(self, tokens: Sequence[int]) -> None:
         """The target decided on `tokens`."""
@@ -38,10 +42,16 @@ class LookupText:
             for match in self.index.matches():
                 self.rates.learn(match, self.index.tokens[match.position] == token)
             self.index.append(token)
+            if self.memory is not None:
+                self.memory.append(self.answer, token)
 
-    def chains(self, length: int) -> list[Chain]:
-        """What followed at each match, up to `length` tokens."""
-        return [self._chain(match, length) for match in self.index.matches()] if length > 0 else []
+    def chains(self, length: int, count: int) -> list[Chain]:
+        """What followed at each match, up to `length` tokens; and of what followed in earlier answers the likeliest
+        `count` tokens, as deep."""
+        if length <= 0:
+            return []
+        remembered = [] if self.memory is None else self.memory.chains(self.answer, length, count)
+        return [self._chain(match, length) for match in self.index.matches()] + remembered
 
     def _chain(self, match: Match, length: int) -> Chain:
         # Once a token was right the match is one longer, and no other is longer: rank 0.
@@ -56,16 +66,21 @@ class LookupText:
 
 
 class LookupDrafter(Drafter):
-    """Drafts from the text alone: no network, no weights."""
+    """Drafts from the text, and from earlier answers: no network, no weights.
 
-    def __init__(self):
+    Args:
+        memory: of the earlier answers; None = from the text alone.
+    """
+
+    def __init__(self, memory: AnswerMemory | None = None):
         self.texts: list[LookupText] = []
+        self.memory = memory
 
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """Read what is new: after prefill the prompt, and after every round the tokens it decided."""
         if not self.texts:
             prefilled = zip(state.input_ids, state.lengths, strict=True)  # the prompt and the first token of an answer
-            self.texts = [LookupText(ids[: length - 1].tolist()) for ids, length in prefilled]
+            self.texts = [LookupText(ids[: length - 1].tolist(), self.memory) for ids, length in prefilled]
         emitted = state.emitted or [
             ids[len(text.index.tokens) : length].tolist()
             for text, ids, length in zip(self.texts, state.input_ids, state.lengths, strict=True)
@@ -77,14 +92,15 @@ class LookupDrafter(Drafter):
         """The texts of these rows."""
         self.texts = [self.texts[row] for row in rows]
 
-    def chains(self, state: DecodingState, length: int) -> list[list[Chain]]:
-        """For every batch row what may follow its root, up to `length` tokens; nothing for rows that have ended."""
+    def chains(self, state: DecodingState, length: int, count: int) -> list[list[Chain]]:
+        """For every batch row what may follow its root, as in [`LookupText`]; nothing for rows that have ended."""
         pairs = zip(self.texts, state.finished, strict=True)
-        return [[] if finished else text.chains(length) for text, finished in pairs]
+        return [[] if finished else text.chains(length, count) for text, finished in pairs]
 
     def grow(self, state: DecodingState, plan: RoundPlan) -> DraftTree:
         """The likeliest nodes of all matches' continuations."""
-        return _grafted(root_only(state.known_roots), self.chains(state, min(plan.depth, plan.total_tokens)), plan)
+        chains = self.chains(state, min(plan.depth, plan.total_tokens), plan.total_tokens)
+        return _grafted(root_only(state.known_roots), chains, plan)
 
 
 class CombinedDrafter(WrappingDrafter):
@@ -95,11 +111,12 @@ class CombinedDrafter(WrappingDrafter):
 
     Args:
         drafter: as a rule a network. It alone decides by `plan.depth`; chains are as long as the tree has nodes.
+        memory: as in [`LookupDrafter`].
     """
 
-    def __init__(self, drafter: Drafter):
+    def __init__(self, drafter: Drafter, memory: AnswerMemory | None = None):
         super().__init__(drafter)
-        self.lookup = LookupDrafter()
+        self.lookup = LookupDrafter(memory)
 
     def observe(self, state: DecodingState, rows: Rows) -> None:
         """Both read what is new."""
@@ -117,7 +134,7 @@ class CombinedDrafter(WrappingDrafter):
 
     def grow(self, state: DecodingState, plan: RoundPlan) -> DraftTree:
         """The likeliest nodes of both."""
-        chains = self.lookup.chains(state, min(plan.total_tokens, _room(state)))
+        chains = self.lookup.chains(state, min(plan.total_tokens, _room(state)), plan.total_tokens)
         certain = _certain(chains, state, plan)
         tree = root_only(state.known_roots) if certain else self.drafter.grow(state, plan)
         self.steps = 0 if certain else self.drafter.steps
