@@ -162,6 +162,8 @@ def chat(conversation: Conversation, assistant: Watched | None, screen: Screen, 
             try:
                 answer = reply(conversation, question, assistant, screen, args)
             except ValueError as error:
+                if not getattr(error, "is_refusal", False):
+                    raise  # unforeseen: it keeps its traceback
                 screen.note(str(error))
                 continue
             screen.note(f"\n{answer.figures()}")

@@ -145,6 +145,15 @@ def test_a_whole_chat_without_a_terminal(pair, tokenizer, monkeypatch, capsys):
     assert "Forgotten." in out and len(re.findall("a pass", out)) == 3
 
 
+def test_a_refusal_is_a_line_and_the_unforeseen_ends_the_chat(pair, tokenizer, monkeypatch, capsys):
+    target, words = tiny_llama(), ("--confu", str(pair), "--max-new-tokens", "250")
+    out = run_chat(monkeypatch, capsys, target, tokenizer, ["abcdefabcdef", "/quit"], *words)
+    assert "expected at most 256" in out
+    monkeypatch.setattr(chat, "reply", lambda *arguments: int("nothing"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_chat(monkeypatch, capsys, target, tokenizer, ["abc", "/quit"], *words)
+
+
 def test_sampling_by_seed_and_marks(pair, tokenizer, monkeypatch, capsys):
     """Seed-exact: plain, prompt lookup and the pair sample one text."""
     texts = set()
