@@ -43,7 +43,7 @@ def cache_folder(folder, monkeypatch):
 
 @pytest.mark.parametrize("capability", KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 17, 64])
-@pytest.mark.parametrize(("width", "features"), [(48, 96), (33, 1), (7, 131), (64, 49)])
+@pytest.mark.parametrize(("width", "features"), [(48, 96), (33, 1), (7, 131), (250, 49)])
 def test_equal_to_the_plain_product_up_to_rounding(capability, rows, width, features):
     products = build_products(capability)
     torch.manual_seed(rows)
@@ -72,6 +72,16 @@ def test_rows_do_not_influence_each_other(threads):
     others = [row for row in range(9) if row != 3]
     assert torch.equal(got[others], alone[others])
     assert torch.equal(alone, products(input, panels, 200))
+
+
+@pytest.mark.parametrize("capability", KINDS)
+def test_a_row_is_the_same_to_the_bit_among_any_number_of_rows(capability):
+    products = build_products(capability)
+    weight, input = torch.randn(70, 500), torch.randn(64, 500)
+    panels = products.pack(weight)
+    among_all = products(input, panels, 70)
+    for rows in (1, 2, 5, 8, 9, 12, 17, 33):
+        assert torch.equal(products(input[:rows], panels, 70), among_all[:rows])
 
 
 @pytest.mark.parametrize("bias", [True, False])
