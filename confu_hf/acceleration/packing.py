@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..compat import has_bfloat16_kernels
+from .fused import FusedParts
 from .products import Products
 from .shared import SWITCHING, holding, is_held
 
@@ -80,7 +81,7 @@ class PackedLinears:
     ) -> None:
         self.max_rows, self.products, self.too_small = max_rows, products, 0
         self._packed: list[_Packed] = []
-        self._switched: list[nn.Linear] = []  # those that compute with packed weights now
+        self._switched: list[nn.Module] = []  # those that compute with packed weights now
         by_address: dict[int, Tensor] = {}
         linears = {id(child): child for module in modules for child in module.modules() if _packable(child)}
         for linear in linears.values():
@@ -97,6 +98,16 @@ class PackedLinears:
             self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight), used))
         shapes = {tuple(packed.module.weight.shape) for packed in self._packed}
         self.few_rows = {shape: {rows: self._cheapest_way(shape, rows) for rows in MEASURED_ROWS} for shape in shapes}
+        self.fused = self._fuse(modules)
+
+    def _fuse(self, modules: Sequence[nn.Module]) -> dict[nn.Module, Callable]:
+        """Whole parts of layers that compiled products compute; rows that are cheaper plain stay plain there."""
+        linears = {packed.module: packed.weight for packed in self._packed if packed.products is not None}
+        plain_rows = [rows for rows in MEASURED_ROWS if any(ways[rows] == 0 for ways in self.few_rows.values())]
+        fused: dict[nn.Module, Callable] = {}
+        for module in modules if linears else ():
+            fused |= FusedParts(module, linears, self.products, self.max_rows, plain_rows).forwards
+        return fused
 
     @torch.no_grad()
     def _cheapest_way(self, shape: tuple[int, int], rows: int) -> int:
@@ -150,18 +161,16 @@ class PackedLinears:
     @contextmanager
     def active(self) -> Iterator[PackedLinears]:
         """Within it the layers compute with their packed weights; in all threads that use them."""
-        used = [packed.module for packed in self._packed if "forward" not in packed.module.__dict__]
-        forwards = {
-            id(packed.module): _forward(
-                packed, self.max_rows, self.few_rows.get(tuple(packed.module.weight.shape), {})
-            )
+        forwards = self.fused | {
+            packed.module: _forward(packed, self.max_rows, self.few_rows.get(tuple(packed.module.weight.shape), {}))
             for packed in self._packed
         }
+        used = [module for module in forwards if "forward" not in module.__dict__]
 
         def switch_on() -> None:
             self._switched = used
             for module in used:
-                module.__dict__["forward"] = forwards[id(module)]
+                module.__dict__["forward"] = forwards[module]
 
         def switch_off() -> None:
             for module in self._switched:

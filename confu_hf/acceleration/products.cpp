@@ -1,11 +1,15 @@
-// Products of a few rows with a large matrix: y (m, n) = x (m, k) times w (k, n), float32.
+// What a transformer's layer computes of a few rows, float32: products with large matrices, y (m, n) = x (m, k) times
+// w (k, n), and what stands between them.
 //
 // w comes in panels of PANEL columns, (n / PANEL, k, PANEL), the last one filled up with zeros: each is read from memory
 // once, from front to back. The sums of up to ROWS rows stay in registers meanwhile, so eight rows read what one reads.
 // More rows are several such blocks, of like size, one after the other over a chunk of a panel: while they compute, each
 // fetches its share of the next chunk, so that memory is read all the time, not by the first block alone.
 
+#include <omp.h>
+
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -19,6 +23,7 @@ constexpr int AHEAD = 16;  // lines of a panel that a single block fetches in ad
 constexpr int CHUNK = 96;  // lines of a panel that several blocks go through together, at most: they fit the first cache
 
 typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef int32_t integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(sizeof(int32_t)), may_alias));
 
 // What the blocks of rows of one chunk have in common.
 struct Chunk {
@@ -67,15 +72,12 @@ static void up_to(int64_t rows, const Chunk& chunk, const float* x, float* y, in
     if constexpr (R > 1) up_to<R - 1>(rows, chunk, x, y, number);
 }
 
-extern "C" int64_t panel_columns() { return PANEL; }
-
-extern "C" void product(
-    const float* x, const float* w, float* y, int64_t m, int64_t k, int64_t n, int64_t threads
-) {
+// The panels of one thread of those that share a product.
+static void multiply(const float* x, const float* w, float* y, int64_t m, int64_t k, int64_t n) {
     const int64_t panels = (n + PANEL - 1) / PANEL, blocks = (m + ROWS - 1) / ROWS;
-    const int64_t chunks = blocks == 1 ? 1 : (k + CHUNK - 1) / CHUNK, lines = chunks ? (k + chunks - 1) / chunks : 0;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t p = 0; p < panels; p++) {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t chunks = blocks <= 1 ? 1 : (k + CHUNK - 1) / CHUNK, lines = (k + chunks - 1) / chunks;
+    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
         const int64_t first = p * PANEL, columns = std::min<int64_t>(PANEL, n - first);
         for (int64_t i = 0; i < k; i += lines) {
             const Chunk chunk{w + (p * k + i) * PANEL, std::min(lines, k - i), k, n, columns, i == 0, blocks};
@@ -83,6 +85,114 @@ extern "C" void product(
                 const int64_t rows = (m - row + blocks - b - 1) / (blocks - b);  // alike
                 up_to<ROWS>(rows, chunk, x + row * k + i, y + row * n + first, b);
                 row += rows;
+            }
+        }
+    }
+}
+
+// e to the power of each lane: 2^n times a polynomial, within two units in the last place; 0 below -87.
+static inline vector exponential(vector x) {
+    const vector low = vector{} - 88.f, high = vector{} + 88.f, magic = vector{} + 12582912.f;  // 1.5 * 2^23: rounds
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const vector shifted = x * 1.44269504f + magic, n = shifted - magic;
+    const vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vector sum = vector{} + 1.9875691500e-4f;
+    sum = sum * r + 1.3981999507e-3f;
+    sum = sum * r + 8.3334519073e-3f;
+    sum = sum * r + 4.1665795894e-2f;
+    sum = sum * r + 1.6666665459e-1f;
+    sum = sum * r + 5.0000001201e-1f;
+    sum = sum * r * r + r + 1.f;
+    const integers exponent = (((integers)shifted - (integers)magic) + 127) << 23;
+    return sum * (vector)exponent;
+}
+
+// gate = silu(gate) * up, `count` values.
+static void gate_with(float* gate, const float* up, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        vector g{}, u{};
+        const size_t bytes = std::min<int64_t>(LANES, count - i) * sizeof(float);
+        std::memcpy(&g, gate + i, bytes);
+        std::memcpy(&u, up + i, bytes);
+        g = g / (exponential(-g) + 1.f) * u;
+        std::memcpy(gate + i, &g, bytes);
+    }
+}
+
+// Rotates a head of width d by its position: the first half with the second.
+static void rotate(float* x, const float* cos, const float* sin, int64_t d) {
+    for (int64_t i = 0, j = d / 2; i < d / 2; i++, j++) {
+        const float a = x[i], b = x[j];
+        x[i] = a * cos[i] - b * sin[i];
+        x[j] = b * cos[j] + a * sin[j];
+    }
+}
+
+extern "C" int64_t panel_columns() { return PANEL; }
+
+extern "C" void product(
+    const float* x, const float* w, float* y, int64_t m, int64_t k, int64_t n, int64_t threads
+) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    multiply(x, w, y, m, k, n);
+}
+
+// y = x / root mean square of x * weight, row by row.
+extern "C" void rms_norm(const float* x, const float* weight, float* y, int64_t m, int64_t k, float epsilon) {
+    for (int64_t row = 0; row < m; row++, x += k, y += k) {
+        vector squares{};
+        int64_t i = 0;
+        for (; i + LANES <= k; i += LANES) {
+            const vector values = *(const vector*)(x + i);
+            squares += values * values;
+        }
+        float sum = 0;
+        for (int lane = 0; lane < LANES; lane++) sum += squares[lane];
+        for (; i < k; i++) sum += x[i] * x[i];
+        const float scale = 1 / std::sqrt(sum / k + epsilon);
+        for (i = 0; i < k; i++) y[i] = weight[i] * (x[i] * scale);
+    }
+}
+
+// y = (silu(x gate) * (x up)) down; `hidden` is room for 2 m times `inner` values.
+extern "C" void gated_mlp(
+    const float* x, const float* gate, const float* up, const float* down, float* hidden, float* y, int64_t m, int64_t k,
+    int64_t inner, int64_t n, int64_t threads
+) {
+    float* other = hidden + m * inner;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        multiply(x, gate, hidden, m, k, inner);
+        multiply(x, up, other, m, k, inner);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < m; row++) gate_with(hidden + row * inner, other + row * inner, inner);
+        multiply(hidden, down, y, m, inner, n);
+    }
+}
+
+// Queries, keys and values of m rows, `heads[0]`, `heads[1]` and `heads[2]` heads of width d, one behind the other in y;
+// queries and keys rotated. `biases` may be null; cos and sin are (positions, d), row r is at position r % positions.
+extern "C" void attention_inputs(
+    const float* x, const float* const* weights, const float* const* biases, const int64_t* heads, const float* cos,
+    const float* sin, float* y, int64_t m, int64_t k, int64_t d, int64_t positions, int64_t threads
+) {
+    float* parts[3] = {y, y + m * heads[0] * d, y + m * (heads[0] + heads[1]) * d};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        for (int part = 0; part < 3; part++) multiply(x, weights[part], parts[part], m, k, heads[part] * d);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < m; row++) {
+            const int64_t position = row % positions * d;
+            for (int part = 0; part < 3; part++) {
+                float* states = parts[part] + row * heads[part] * d;
+                if (biases[part])
+                    for (int64_t i = 0; i < heads[part] * d; i++) states[i] += biases[part][i];
+                if (part < 2)
+                    for (int64_t head = 0; head < heads[part]; head++)
+                        rotate(states + head * d, cos + position, sin + position, d);
             }
         }
     }

@@ -1,7 +1,8 @@
-"""Products of a few rows with a large matrix, in C++ made for this processor (`products.cpp`): what `compile()` builds.
+"""Products of a few rows with a large matrix, and what stands between them in a layer, in C++ made for this processor
+(`products.cpp`): what `compile()` builds.
 
 Built once by the C++ compiler at hand, in about a second, and kept in the user's cache folder under a name that source,
-flags and compiler decide. Which layers compute with it is packing.py's business.
+flags and compiler decide. Which layers compute with it is the business of packing.py and fused.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,8 +48,15 @@ class Products:
     def _library(self) -> ctypes.CDLL:
         library = ctypes.CDLL(str(self.path))
         library.panel_columns.restype = ctypes.c_int64
-        library.product.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
-        library.product.restype = None
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        arguments = {
+            "product": [pointer] * 3 + [number] * 4,
+            "rms_norm": [pointer] * 3 + [number] * 2 + [ctypes.c_float],
+            "gated_mlp": [pointer] * 6 + [number] * 5,
+            "attention_inputs": [pointer] * 7 + [number] * 5,
+        }
+        for name, types in arguments.items():
+            getattr(library, name).argtypes, getattr(library, name).restype = types, None
         return library
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -65,6 +74,55 @@ class Products:
         pointers = (input.data_ptr(), panels.data_ptr(), output.data_ptr())
         self._library.product(*pointers, rows, width, features, torch.get_num_threads())
         return output
+
+    def rms_norm(self, input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """`(..., k)` float32, divided by the root of its mean square and multiplied by `weight` `(k,)`."""
+        output, width = torch.empty_like(input), input.shape[-1]
+        pointers = (input.data_ptr(), weight.data_ptr(), output.data_ptr())
+        self._library.rms_norm(*pointers, input.numel() // width, width, epsilon)
+        return output
+
+    def gated_mlp(self, input: Tensor, gate: Tensor, up: Tensor, down: Tensor, inner: int) -> Tensor:
+        """`(silu(input gate) * (input up)) down`: `(..., k)` float32 -> the same shape; packed weights."""
+        width = input.shape[-1]
+        rows = input.numel() // width
+        output, hidden = torch.empty_like(input), input.new_empty(2, rows, inner)
+        weights = (gate.data_ptr(), up.data_ptr(), down.data_ptr())
+        pointers = (input.data_ptr(), *weights, hidden.data_ptr(), output.data_ptr())
+        self._library.gated_mlp(*pointers, rows, width, inner, width, torch.get_num_threads())
+        return output
+
+    def attention_inputs(
+        self, input: Tensor, projections: AttentionProjections, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of `(B, Q, k)` float32, each `(B, its heads, Q, d)`; queries and keys rotated, the
+        first half of a head with the second, by `cos` and `sin` `(1 or B, Q, d)`."""
+        (batch, length, width), heads, d = input.shape, projections.heads, projections.head_dim
+        rows = batch * length
+        output = input.new_empty(rows * sum(heads) * d)
+        pointers = (*projections.pointers, cos.data_ptr(), sin.data_ptr(), output.data_ptr())
+        positions = cos.shape[0] * length
+        self._library.attention_inputs(input.data_ptr(), *pointers, rows, width, d, positions, torch.get_num_threads())
+        parts = output.split([rows * count * d for count in heads])
+        return tuple(
+            part.view(batch, length, count, d).transpose(1, 2) for part, count in zip(parts, heads, strict=True)
+        )
+
+
+class AttentionProjections:
+    """Packed weights of queries, keys and values with their biases, and how many heads of width `head_dim` each makes."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], heads: Sequence[int], head_dim: int
+    ):
+        self.heads, self.head_dim = tuple(heads), head_dim
+        self._kept = (weights, biases)  # they must outlive the pointers
+        addresses = [[None if tensor is None else tensor.data_ptr() for tensor in part] for part in (weights, biases)]
+        self._arrays = (
+            *((ctypes.c_void_p * 3)(*part) for part in addresses),
+            (ctypes.c_int64 * 3)(*heads),
+        )
+        self.pointers = tuple(ctypes.addressof(array) for array in self._arrays)
 
 
 def build_products(capability: str | None = None, folder: Path | None = None) -> Products:

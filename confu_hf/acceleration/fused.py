@@ -1,0 +1,170 @@
+"""Parts of a layer in one call of the compiled products each: norms, gated MLPs, and attention's projections with their
+rotation. A few rows cost a CPU more in the calls between products than in the arithmetic there.
+
+Which modules are such parts is not guessed by their names: their children are looked at, and then each must compute what
+its own `forward` computes. Nothing of the model is replaced; packing.py puts the forwards on and takes them off.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import compat
+from .attention import GROUPED, grouped_attention
+from .products import AttentionProjections, Products
+
+# How far a part may be from its own forward, as a share of its greatest value: rounding, in sums of thousands of float32.
+TOLERANCE = 1e-4
+EXAMPLE_ROWS = 3
+Linears = Mapping[nn.Module, Tensor]  # linear layers that compute with compiled products, and their packed weights
+
+
+class FusedParts:
+    """The parts of `model` that compute in one call.
+
+    Args:
+        linears: see `Linears`. products: what computes. max_rows: calls of more rows take a part's own forward.
+        plain_rows: numbers of rows that do so, too.
+
+    Attributes:
+        forwards: of each part.
+    """
+
+    def __init__(
+        self, model: nn.Module, linears: Linears, products: Products, max_rows: int, plain_rows: Sequence[int]
+    ):
+        self.linears, self.products = linears, products
+        self.max_rows, self.plain_rows = max_rows, frozenset(plain_rows)
+        self.forwards: dict[nn.Module, Callable] = {}
+        for module in model.modules():
+            for make in (self._norm, self._gated_mlp, self._attention):
+                forward = None if "forward" in module.__dict__ or module.training else make(module)
+                if forward is not None:
+                    self.forwards[module] = forward
+
+    def _serves(self, input: Tensor, children: Sequence[tuple[nn.Module, str, nn.Module]] = ()) -> bool:
+        """Whether a call is one for compiled products, and nobody else has a word in the children's: hooks, such as a gated
+        LoRA's, or another layer in the place of one."""
+        rows = input.numel() // input.shape[-1]
+        return (
+            0 < rows <= self.max_rows
+            and rows not in self.plain_rows
+            and input.dtype == torch.float32
+            and input.device.type == "cpu"
+            and input.is_contiguous()
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+            and all(
+                parent._modules.get(name) is child and not child._forward_hooks and not child._forward_pre_hooks
+                for parent, name, child in children
+            )
+        )
+
+    def _children(self, module: nn.Module, *names: str) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Those of a module, each with it and its name; none if one is no linear layer with compiled products."""
+        found = [(module, name, module._modules.get(name)) for name in names]
+        return found if all(child in self.linears for _, _, child in found) else []
+
+    def _norm(self, module: nn.Module) -> Callable | None:
+        weight = getattr(module, "weight", None)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        is_norm = type(module).__name__.endswith("RMSNorm") and not module._modules
+        if not is_norm or weight is None or weight.dtype != torch.float32 or not isinstance(epsilon, float):
+            return None
+        plain = type(module).forward
+
+        def fused(hidden_states: Tensor) -> Tensor:
+            return self.products.rms_norm(hidden_states, module.weight, epsilon)
+
+        def forward(hidden_states: Tensor) -> Tensor:
+            fits = hidden_states.shape[-1] == module.weight.numel() and self._serves(hidden_states)
+            return fused(hidden_states) if fits else plain(module, hidden_states)
+
+        return forward if _agree(module, fused, _example(weight.numel())) else None
+
+    def _gated_mlp(self, module: nn.Module) -> Callable | None:
+        children = self._children(module, "gate_proj", "up_proj", "down_proj")
+        if not children or any(child.bias is not None for *_, child in children):
+            return None
+        gate, up, down = (child for *_, child in children)
+        if gate.in_features != down.out_features or len({gate.out_features, up.out_features, down.in_features}) > 1:
+            return None
+        plain, packed = type(module).forward, [self.linears[child] for *_, child in children]
+
+        def fused(hidden_states: Tensor) -> Tensor:
+            return self.products.gated_mlp(hidden_states, *packed, gate.out_features)
+
+        def forward(hidden_states: Tensor) -> Tensor:
+            return fused(hidden_states) if self._serves(hidden_states, children) else plain(module, hidden_states)
+
+        return forward if _agree(module, fused, _example(gate.in_features)) else None
+
+    def _attention(self, module: nn.Module) -> Callable | None:
+        children = self._children(module, "q_proj", "k_proj", "v_proj", "o_proj")
+        needed = ("config", "head_dim", "scaling", "layer_idx")
+        if not children or len(module._modules) > 4 or not all(hasattr(module, name) for name in needed):
+            return None
+        *inputs, (_, _, o_proj) = children
+        width, d = o_proj.out_features, module.head_dim
+        heads, rest = zip(*(divmod(child.out_features, d) for *_, child in inputs), strict=True)
+        if any(rest) or any(child.in_features != width for *_, child in inputs) or o_proj.in_features != heads[0] * d:
+            return None
+        biases = [None if child.bias is None else child.bias.detach() for *_, child in inputs]
+        projections = AttentionProjections([self.linears[child] for *_, child in inputs], biases, heads, d)
+        plain = type(module).forward
+
+        def fused(hidden_states, position_embeddings, attention_mask=None, **more):
+            query, key, value = self.products.attention_inputs(hidden_states, projections, *position_embeddings)
+            cache = compat.pop_cache(more)
+            if cache is not None:
+                key, value = cache.update(key, value, module.layer_idx)
+            heads_say = grouped_attention(
+                module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **more
+            )
+            return o_proj(heads_say[0].reshape(hidden_states.shape)), heads_say[1]
+
+        def forward(hidden_states, position_embeddings=None, attention_mask=None, **more):
+            fits = module.config._attn_implementation == GROUPED and not module.training
+            fits = fits and self._serves(hidden_states, children) and _fit(hidden_states, position_embeddings, d)
+            compute = fused if fits else functools.partial(plain, module)
+            return compute(
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **more
+            )
+
+        angles = _example(d // 2).repeat(1, 1, 2)
+        more = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+        return forward if _agree(module, fused, _example(width), **more) else None
+
+
+def _fit(hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, head_dim: int) -> bool:
+    """Whether rotations are those of whole heads, of these rows."""
+    if position_embeddings is None:
+        return False
+    (batch, length), (cos, sin) = hidden_states.shape[:2], position_embeddings
+    return (
+        cos.shape == sin.shape
+        and tuple(cos.shape) in ((1, length, head_dim), (batch, length, head_dim))
+        and cos.dtype == sin.dtype == torch.float32
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )
+
+
+def _example(width: int) -> Tensor:
+    """Rows of noise; the global random stream belongs to the user."""
+    return torch.randn(1, EXAMPLE_ROWS, width, generator=torch.Generator().manual_seed(width))
+
+
+@torch.no_grad()
+def _agree(module: nn.Module, forward: Callable, input: Tensor, **more) -> bool:
+    """Whether `forward` computes what the module itself does. One that cannot be called like this is another part."""
+    try:
+        expected, got = type(module).forward(module, input, **more), forward(input, **more)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    if isinstance(expected, tuple):
+        expected, got = expected[0], got[0]
+    return expected.shape == got.shape and bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())

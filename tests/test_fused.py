@@ -1,0 +1,147 @@
+"""Parts of a layer that compute in one call: the same numbers, only where nobody else has a word in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import make_assistant, make_oracle
+from test_products import PROMPT, pytestmark  # noqa: F401 - skips where nothing can be compiled
+from tiny_models import ARCHITECTURES, tiny_llama
+from torch import nn
+from torch.nn import functional as F
+
+from confu_hf.acceleration.attention import grouped_queries
+from confu_hf.acceleration.packing import PackedLinears
+from confu_hf.acceleration.products import build_products
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory):
+    return build_products(folder=tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(autouse=True)
+def packed_however_small(tmp_path_factory, monkeypatch):
+    """Every linear layer, in passes of one row too: what is cheapest there is a measurement."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
+    monkeypatch.setitem(PackedLinears.__init__.__kwdefaults__, "min_elements", 0)
+    monkeypatch.setattr(PackedLinears, "_cheapest_way", lambda self, shape, rows: rows)
+
+
+def kinds(packed: PackedLinears) -> set[str]:
+    return {type(module).__name__ for module in packed.fused}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [1, 2, 9, 33])
+@torch.no_grad()
+def test_every_architecture_computes_the_same(name, rows, products):
+    model = ARCHITECTURES[name](dtype=torch.float32)
+    packed, ids = PackedLinears(model, products=products), torch.arange(rows)[None] % 90
+    with grouped_queries(model):
+        expected = model(ids).logits
+        with packed.active():
+            got = model(ids).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}),
+        ("qwen2", {"Qwen2RMSNorm", "Qwen2MLP", "Qwen2Attention"}),
+        ("mistral", {"MistralRMSNorm", "MistralMLP", "MistralAttention"}),
+        ("qwen3", {"Qwen3RMSNorm", "Qwen3MLP"}),  # norms of queries and keys stand between
+        ("gemma2", set()),  # norms by 1 + weight, another activation, soft-capped attention
+    ],
+)
+def test_parts_are_known_by_what_they_compute(name, expected, products):
+    model = ARCHITECTURES[name](dtype=torch.float32)
+    assert kinds(PackedLinears(model, products=products)) == expected
+
+
+def test_what_computes_otherwise_is_left_alone(products):
+    model = tiny_llama(dtype=torch.float32)
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+    model.model.layers[1].input_layernorm.forward = lambda states: states
+    model.model.layers[2].self_attn.q_norm = nn.Identity()
+    fused = PackedLinears(model, products=products).fused
+    left = {name for name, module in model.named_modules() if module not in fused}
+    assert {"model.layers.0.mlp", "model.layers.1.input_layernorm", "model.layers.2.self_attn"} <= left
+    assert model.model.layers[3].mlp in fused
+
+
+@torch.no_grad()
+def test_silu_over_the_whole_range(products):
+    values = torch.cat([torch.linspace(-120, 120, 5001), torch.tensor([0.0, -0.0, 1e-30, float("inf"), float("nan")])])
+    width = len(values)
+    eye, ones = torch.eye(width), torch.zeros(width, width)
+    ones[:, 0] = 1.0
+    rows = torch.zeros(1, width)
+    rows[0] = values.nan_to_num(0.0, 3e38)
+    identity, first = products.pack(eye), products.pack(ones)
+    rows[0, 0] = 1.0  # what `up` gives everywhere
+    got = products.gated_mlp(rows, identity, first, identity, width)
+    torch.testing.assert_close(got, F.silu(rows), rtol=3e-7, atol=1e-36)
+    assert products.gated_mlp(values[None, -5:].contiguous(), *[products.pack(torch.eye(5))] * 3, 5)[0, -1].isnan()
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+@torch.no_grad()
+def test_hooks_on_what_is_inside_are_heard(hook, products):
+    model = tiny_llama(dtype=torch.float32)
+    packed, heard = PackedLinears(model, products=products), []
+    layer = model.model.layers[2]
+    for child in (layer.mlp.up_proj, layer.self_attn.k_proj):
+        getattr(child, hook)(lambda module, *_: heard.append(module))
+    with grouped_queries(model), packed.active():
+        model(PROMPT)
+    assert heard == [layer.self_attn.k_proj, layer.mlp.up_proj]
+
+
+@torch.no_grad()
+def test_a_layer_that_takes_the_place_of_another_is_asked(products):
+    model = tiny_llama(dtype=torch.float32)
+    packed, mlp = PackedLinears(model, products=products), model.model.layers[1].mlp
+    mlp.gate_proj = nn.Sequential(mlp.gate_proj, nn.Dropout(1.0).train())  # nothing passes
+    with grouped_queries(model), packed.active():
+        assert not mlp(torch.randn(1, 4, mlp.up_proj.in_features)).any()
+
+
+def test_the_random_stream_is_the_users(products):
+    model, before = tiny_llama(dtype=torch.float32), torch.get_rng_state()
+    assert PackedLinears(model, products=products).fused
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3"])
+def test_the_same_text_in_batches_and_with_contemplation(name):
+    model = ARCHITECTURES[name](dtype=torch.float32)
+    prompts = torch.stack([torch.arange(3, 12), torch.arange(13, 22)])
+    mask = torch.ones_like(prompts)
+    mask[1, :3] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(prompts, **arguments)
+    for assistant in (make_oracle(model), make_assistant(model, lora_rank=2)):
+        got = model.generate(prompts, assistant_model=assistant.compile(), total_tokens=9, policy="fixed", **arguments)
+        assert assistant.stats.compiled and torch.equal(got, expected)
+        assistant.detach()
+
+
+@torch.no_grad()
+def test_a_gated_lora_is_heard(products):
+    """Its hooks lie on projections: contemplating passes go through them one by one."""
+    model = tiny_llama(dtype=torch.float32)
+    low_rank = make_assistant(model, lora_rank=2).contemplator(model).low_rank
+    packed = PackedLinears(model, products=products)
+    with grouped_queries(model):
+        with low_rank.acting(3):
+            expected = model(PROMPT).logits
+        with packed.active():
+            without = model(PROMPT).logits
+            with low_rank.acting(3):
+                got = model(PROMPT).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[:, :-3], without[:, :-3], rtol=1e-4, atol=1e-4)
+    assert (got - without)[:, -3:].abs().max() > 0.01
