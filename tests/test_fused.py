@@ -61,6 +61,17 @@ def test_parts_are_known_by_what_they_compute(name, expected, products):
     assert kinds(PackedLinears(model, products=products)) == expected
 
 
+def test_rounded_weights_are_no_other_formula(products):
+    model = tiny_llama(dtype=torch.float32)
+    packed, ids = PackedLinears(model, products=products, dtype=torch.bfloat16), torch.arange(9)[None]
+    assert kinds(packed) == {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}
+    with torch.no_grad(), grouped_queries(model):
+        expected = model(ids).logits
+        with packed.active():
+            got = model(ids).logits
+    assert 0 < (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_what_computes_otherwise_is_left_alone(products):
     model = tiny_llama(dtype=torch.float32)
     model.model.layers[0].mlp.act_fn = nn.GELU()

@@ -53,6 +53,16 @@ def test_equal_to_the_plain_product_up_to_rounding(capability, rows, width, feat
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("capability", KINDS)
+@pytest.mark.parametrize("rows", [1, 8, 17])
+def test_weights_in_bfloat16_are_widened(capability, rows):
+    products = build_products(capability)
+    weight, input = torch.randn(131, 250).bfloat16(), torch.randn(rows, 250)
+    panels = products.pack(weight)
+    assert panels.dtype == torch.bfloat16
+    assert torch.equal(products(input, panels, 131), products(input, products.pack(weight.float()), 131))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_do_not_influence_each_other(threads):
     """A row of NaN beside it changes no bit of a row, and the number of threads changes none either."""

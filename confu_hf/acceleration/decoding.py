@@ -64,7 +64,8 @@ def accelerated(
     Args:
         products: compiled products, for layers in float32; None = none were built.
     """
-    draft_dtype = torch.bfloat16 if multiplies_bfloat16() else None
+    # Half of the bytes to read; compiled products widen them.
+    draft_dtype = torch.bfloat16 if products is not None or multiplies_bfloat16() else None
     drafts = nullcontext() if draft is None else packed_linears(draft, pack_weights, draft_dtype, products)
 
     def describe(packed: PackedLinears | None) -> Execution:

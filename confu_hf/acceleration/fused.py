@@ -17,8 +17,9 @@ from .. import compat
 from .attention import GROUPED, grouped_attention
 from .products import AttentionProjections, Products
 
-# How far a part may be from its own forward, as a share of its greatest value: rounding, in sums of thousands of float32.
-TOLERANCE = 1e-4
+# How far a part may be from its own forward, as a share of its greatest value: rounding, in sums of thousands of float32,
+# or of weights that were rounded. Another formula is farther away.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 EXAMPLE_ROWS = 3
 Linears = Mapping[nn.Module, Tensor]  # linear layers that compute with compiled products, and their packed weights
 
@@ -100,7 +101,7 @@ class FusedParts:
         def forward(hidden_states: Tensor) -> Tensor:
             return fused(hidden_states) if self._serves(hidden_states, children) else plain(module, hidden_states)
 
-        return forward if _agree(module, fused, _example(gate.in_features)) else None
+        return forward if _agree(module, fused, _example(gate.in_features), packed[0].dtype) else None
 
     def _attention(self, module: nn.Module) -> Callable | None:
         children = self._children(module, "q_proj", "k_proj", "v_proj", "o_proj")
@@ -136,7 +137,7 @@ class FusedParts:
 
         angles = _example(d // 2).repeat(1, 1, 2)
         more = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
-        return forward if _agree(module, fused, _example(width), **more) else None
+        return forward if _agree(module, fused, _example(width), projections.dtype, **more) else None
 
 
 def _fit(hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, head_dim: int) -> bool:
@@ -159,12 +160,15 @@ def _example(width: int) -> Tensor:
 
 
 @torch.no_grad()
-def _agree(module: nn.Module, forward: Callable, input: Tensor, **more) -> bool:
-    """Whether `forward` computes what the module itself does. One that cannot be called like this is another part."""
+def _agree(module: nn.Module, forward: Callable, input: Tensor, dtype: torch.dtype = torch.float32, **more) -> bool:
+    """Whether `forward` with weights in `dtype` computes what the module itself does. One that cannot be called like this is
+    another part."""
     try:
         expected, got = type(module).forward(module, input, **more), forward(input, **more)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
     if isinstance(expected, tuple):
         expected, got = expected[0], got[0]
-    return expected.shape == got.shape and bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())
+    return expected.shape == got.shape and bool(
+        (got - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
+    )

@@ -62,8 +62,9 @@ class PackedLinears:
         modules: searched for linear layers, themselves included.
         max_rows: calls with more rows than this use `F.linear`.
         min_elements: weights with fewer elements are not packed.
-        dtype: multiply in this dtype; inputs and outputs are converted. None = that of each weight.
-        products: multiply with these where weights and `dtype` are float32; None = with oneDNN.
+        dtype: round weights to this one, and multiply in it; inputs and outputs are converted. None = that of each weight.
+        products: multiply with these where weights are float32, in float32 whatever `dtype` the weights are rounded to;
+            None = with oneDNN.
 
     Example:
         packed = PackedLinears(target)
@@ -89,7 +90,7 @@ class PackedLinears:
             if weight.numel() < min_elements:
                 self.too_small += 1
                 continue
-            used = products if weight.dtype == torch.float32 and dtype in (None, torch.float32) else None
+            used = products if weight.dtype == torch.float32 else None
             packed = by_address.get(weight.data_ptr())
             if packed is None:
                 wanted = weight.to(dtype or weight.dtype)

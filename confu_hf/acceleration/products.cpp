@@ -1,5 +1,5 @@
 // What a transformer's layer computes of a few rows, float32: products with large matrices, y (m, n) = x (m, k) times
-// w (k, n), and what stands between them.
+// w (k, n), and what stands between them. Weights are float32, or bfloat16 that is widened as it is read.
 //
 // w comes in panels of PANEL columns, (n / PANEL, k, PANEL), the last one filled up with zeros: each is read from memory
 // once, from front to back. The sums of up to ROWS rows stay in registers meanwhile, so eight rows read what one reads.
@@ -25,17 +25,26 @@ constexpr int CHUNK = 96;  // lines of a panel that several blocks go through to
 typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 typedef int32_t integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(sizeof(int32_t)), may_alias));
 
+typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
+
+static inline vector widened(const float* w) { return *(const vector*)w; }
+static inline vector widened(const uint16_t* w) {
+    return (vector)(__builtin_convertvector(*(const halves*)w, words) << 16);
+}
+
 // What the blocks of rows of one chunk have in common.
+template <typename W>
 struct Chunk {
-    const float* w;  // its lines, PANEL values each
+    const W* w;  // its lines, PANEL values each
     int64_t lines, k, n, columns;  // `columns` of the panel belong to y
     bool first;  // of its panel: sums start at zero
     int64_t blocks;
 };
 
 // R rows of x times one chunk; block number `number` of its rows.
-template <int R>
-static inline void block(const Chunk& chunk, const float* x, float* y, int64_t number) {
+template <int R, typename W>
+static inline void block(const Chunk<W>& chunk, const float* x, float* y, int64_t number) {
     const bool alone = chunk.blocks == 1;
     vector sums[R][VECTORS];
 #pragma GCC unroll 8
@@ -44,7 +53,7 @@ static inline void block(const Chunk& chunk, const float* x, float* y, int64_t n
         for (int v = 0; v < VECTORS; v++) sums[r][v] = vector{};
         if (!chunk.first) std::memcpy(sums[r], y + r * chunk.n, chunk.columns * sizeof(float));
     }
-    const float* w = chunk.w;
+    const W* w = chunk.w;
     const int64_t ahead = (alone ? AHEAD : chunk.lines) * PANEL;
     bool mine[VECTORS];
     for (int v = 0; v < VECTORS; v++) mine[v] = v % chunk.blocks == number;
@@ -52,7 +61,7 @@ static inline void block(const Chunk& chunk, const float* x, float* y, int64_t n
         vector line[VECTORS];
 #pragma GCC unroll 3
         for (int v = 0; v < VECTORS; v++) {
-            line[v] = *(const vector*)(w + v * LANES);
+            line[v] = widened(w + v * LANES);
             if (mine[v]) __builtin_prefetch(w + v * LANES + ahead);
         }
 #pragma GCC unroll 8
@@ -66,21 +75,22 @@ static inline void block(const Chunk& chunk, const float* x, float* y, int64_t n
     for (int r = 0; r < R; r++) std::memcpy(y + r * chunk.n, sums[r], chunk.columns * sizeof(float));
 }
 
-template <int R>
-static void up_to(int64_t rows, const Chunk& chunk, const float* x, float* y, int64_t number) {
+template <int R, typename W>
+static void up_to(int64_t rows, const Chunk<W>& chunk, const float* x, float* y, int64_t number) {
     if (rows >= R) return block<R>(chunk, x, y, number);
     if constexpr (R > 1) up_to<R - 1>(rows, chunk, x, y, number);
 }
 
 // The panels of one thread of those that share a product.
-static void multiply(const float* x, const float* w, float* y, int64_t m, int64_t k, int64_t n) {
+template <typename W>
+static void multiply(const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n) {
     const int64_t panels = (n + PANEL - 1) / PANEL, blocks = (m + ROWS - 1) / ROWS;
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t chunks = blocks <= 1 ? 1 : (k + CHUNK - 1) / CHUNK, lines = (k + chunks - 1) / chunks;
     for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
         const int64_t first = p * PANEL, columns = std::min<int64_t>(PANEL, n - first);
         for (int64_t i = 0; i < k; i += lines) {
-            const Chunk chunk{w + (p * k + i) * PANEL, std::min(lines, k - i), k, n, columns, i == 0, blocks};
+            const Chunk<W> chunk{w + (p * k + i) * PANEL, std::min(lines, k - i), k, n, columns, i == 0, blocks};
             for (int64_t b = 0, row = 0; b < blocks; b++) {
                 const int64_t rows = (m - row + blocks - b - 1) / (blocks - b);  // alike
                 up_to<ROWS>(rows, chunk, x + row * k + i, y + row * n + first, b);
@@ -88,6 +98,11 @@ static void multiply(const float* x, const float* w, float* y, int64_t m, int64_
             }
         }
     }
+}
+
+// `wide`: w is float32, else bfloat16.
+static void multiply(const float* x, const void* w, bool wide, float* y, int64_t m, int64_t k, int64_t n) {
+    wide ? multiply(x, (const float*)w, y, m, k, n) : multiply(x, (const uint16_t*)w, y, m, k, n);
 }
 
 // e to the power of each lane: 2^n times a polynomial, within two units in the last place; 0 below -87.
@@ -132,10 +147,10 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t d) {
 extern "C" int64_t panel_columns() { return PANEL; }
 
 extern "C" void product(
-    const float* x, const float* w, float* y, int64_t m, int64_t k, int64_t n, int64_t threads
+    const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, bool wide, int64_t threads
 ) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    multiply(x, w, y, m, k, n);
+    multiply(x, w, wide, y, m, k, n);
 }
 
 // y = x / root mean square of x * weight, row by row.
@@ -157,31 +172,31 @@ extern "C" void rms_norm(const float* x, const float* weight, float* y, int64_t 
 
 // y = (silu(x gate) * (x up)) down; `hidden` is room for 2 m times `inner` values.
 extern "C" void gated_mlp(
-    const float* x, const float* gate, const float* up, const float* down, float* hidden, float* y, int64_t m, int64_t k,
-    int64_t inner, int64_t n, int64_t threads
+    const float* x, const void* gate, const void* up, const void* down, float* hidden, float* y, int64_t m, int64_t k,
+    int64_t inner, int64_t n, bool wide, int64_t threads
 ) {
     float* other = hidden + m * inner;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        multiply(x, gate, hidden, m, k, inner);
-        multiply(x, up, other, m, k, inner);
+        multiply(x, gate, wide, hidden, m, k, inner);
+        multiply(x, up, wide, other, m, k, inner);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) gate_with(hidden + row * inner, other + row * inner, inner);
-        multiply(hidden, down, y, m, inner, n);
+        multiply(hidden, down, wide, y, m, inner, n);
     }
 }
 
 // Queries, keys and values of m rows, `heads[0]`, `heads[1]` and `heads[2]` heads of width d, one behind the other in y;
 // queries and keys rotated. `biases` may be null; cos and sin are (positions, d), row r is at position r % positions.
 extern "C" void attention_inputs(
-    const float* x, const float* const* weights, const float* const* biases, const int64_t* heads, const float* cos,
-    const float* sin, float* y, int64_t m, int64_t k, int64_t d, int64_t positions, int64_t threads
+    const float* x, const void* const* weights, const float* const* biases, const int64_t* heads, const float* cos,
+    const float* sin, float* y, int64_t m, int64_t k, int64_t d, int64_t positions, bool wide, int64_t threads
 ) {
     float* parts[3] = {y, y + m * heads[0] * d, y + m * (heads[0] + heads[1]) * d};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        for (int part = 0; part < 3; part++) multiply(x, weights[part], parts[part], m, k, heads[part] * d);
+        for (int part = 0; part < 3; part++) multiply(x, weights[part], wide, parts[part], m, k, heads[part] * d);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) {

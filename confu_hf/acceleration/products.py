@@ -48,19 +48,19 @@ class Products:
     def _library(self) -> ctypes.CDLL:
         library = ctypes.CDLL(str(self.path))
         library.panel_columns.restype = ctypes.c_int64
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
         arguments = {
-            "product": [pointer] * 3 + [number] * 4,
+            "product": [pointer] * 3 + [number] * 3 + [flag, number],
             "rms_norm": [pointer] * 3 + [number] * 2 + [ctypes.c_float],
-            "gated_mlp": [pointer] * 6 + [number] * 5,
-            "attention_inputs": [pointer] * 7 + [number] * 5,
+            "gated_mlp": [pointer] * 6 + [number] * 4 + [flag, number],
+            "attention_inputs": [pointer] * 7 + [number] * 4 + [flag, number],
         }
         for name, types in arguments.items():
             getattr(library, name).argtypes, getattr(library, name).restype = types, None
         return library
 
     def pack(self, weight: Tensor) -> Tensor:
-        """`(n, k)` float32 of a linear layer -> panels `(ceil(n / columns), k, columns)`."""
+        """`(n, k)` of a linear layer, float32 or bfloat16 -> panels `(ceil(n / columns), k, columns)` of that dtype."""
         columns = self._library.panel_columns()
         filled = F.pad(weight, (0, 0, 0, -weight.shape[0] % columns))
         return filled.unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
@@ -72,7 +72,8 @@ class Products:
         output = input.new_empty(*input.shape[:-1], features)
         rows = input.numel() // width
         pointers = (input.data_ptr(), panels.data_ptr(), output.data_ptr())
-        self._library.product(*pointers, rows, width, features, torch.get_num_threads())
+        wide = panels.dtype == torch.float32
+        self._library.product(*pointers, rows, width, features, wide, torch.get_num_threads())
         return output
 
     def rms_norm(self, input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -83,13 +84,14 @@ class Products:
         return output
 
     def gated_mlp(self, input: Tensor, gate: Tensor, up: Tensor, down: Tensor, inner: int) -> Tensor:
-        """`(silu(input gate) * (input up)) down`: `(..., k)` float32 -> the same shape; packed weights."""
+        """`(silu(input gate) * (input up)) down`: `(..., k)` float32 -> the same shape; packed weights of one dtype."""
         width = input.shape[-1]
         rows = input.numel() // width
         output, hidden = torch.empty_like(input), input.new_empty(2, rows, inner)
         weights = (gate.data_ptr(), up.data_ptr(), down.data_ptr())
         pointers = (input.data_ptr(), *weights, hidden.data_ptr(), output.data_ptr())
-        self._library.gated_mlp(*pointers, rows, width, inner, width, torch.get_num_threads())
+        wide = gate.dtype == torch.float32
+        self._library.gated_mlp(*pointers, rows, width, inner, width, wide, torch.get_num_threads())
         return output
 
     def attention_inputs(
@@ -101,8 +103,9 @@ class Products:
         rows = batch * length
         output = input.new_empty(rows * sum(heads) * d)
         pointers = (*projections.pointers, cos.data_ptr(), sin.data_ptr(), output.data_ptr())
-        positions = cos.shape[0] * length
-        self._library.attention_inputs(input.data_ptr(), *pointers, rows, width, d, positions, torch.get_num_threads())
+        sizes = (rows, width, d, cos.shape[0] * length)
+        wide, threads = projections.dtype == torch.float32, torch.get_num_threads()
+        self._library.attention_inputs(input.data_ptr(), *pointers, *sizes, wide, threads)
         parts = output.split([rows * count * d for count in heads])
         return tuple(
             part.view(batch, length, count, d).transpose(1, 2) for part, count in zip(parts, heads, strict=True)
@@ -110,12 +113,13 @@ class Products:
 
 
 class AttentionProjections:
-    """Packed weights of queries, keys and values with their biases, and how many heads of width `head_dim` each makes."""
+    """Packed weights of queries, keys and values, of one dtype, with their biases, and how many heads of width `head_dim`
+    each makes."""
 
     def __init__(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], heads: Sequence[int], head_dim: int
     ):
-        self.heads, self.head_dim = tuple(heads), head_dim
+        self.heads, self.head_dim, self.dtype = tuple(heads), head_dim, weights[0].dtype
         self._kept = (weights, biases)  # they must outlive the pointers
         addresses = [[None if tensor is None else tensor.data_ptr() for tensor in part] for part in (weights, biases)]
         self._arrays = (
