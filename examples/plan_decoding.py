@@ -12,7 +12,7 @@ of 8B are assumed. What is assumed beside:
 - that a target on several devices is as much faster as they are many, without traffic between them;
 - that the loop adds the share of a round that was measured on a CPU (EXPERIMENTS.md, "Everything at once").
 
-No GPU has run this project: give what you measure there.
+No GPU has timed `generate` here yet: give what you measure there.
 """
 
 from __future__ import annotations
