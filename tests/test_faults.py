@@ -166,6 +166,7 @@ def test_calls_in_a_row_leak_nothing():
     model = tiny_llama(num_hidden_layers=2)
     arguments = {"total_tokens": 3, "depth": 1, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     arguments["assistant_model"] = make_assistant(model)
+    arguments["lookup_memory"] = 0  # what was written is remembered up to a limit: tests/test_memory.py
 
     def state(calls):
         for _ in range(calls):

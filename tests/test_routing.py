@@ -173,7 +173,7 @@ def test_none_for_contemplate_tokens_means_all(target, confu, options_seen):
 def test_options_round_trip(target, confu, tmp_path, options_seen):
     """Every tree option is saved with the pair, and the loaded one decodes with it."""
     config = confu.generation_config
-    options = TreeOptions(12, 4, 6, 0.25, 3, False, False, True, "fixed", True)
+    options = TreeOptions(12, 4, 6, 0.25, 3, False, False, 7, True, "fixed", True)
     assert all(getattr(options, field.name) != field.default for field in fields(TreeOptions))
     for field in fields(TreeOptions):
         setattr(config, field.name, getattr(options, field.name))
