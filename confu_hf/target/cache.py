@@ -169,11 +169,14 @@ class TreeLayer(CacheLayerMixin):
         self.lengths = [stop] * key_states.shape[0]
         return self._view(0, stop)
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots `source` `(B, P)` to slots `target` `(B, P)`; -1 in `target` is the spare slot."""
+    def places(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots as [`move`] takes them: behind the soft prompts; -1 in `target` `(B, P)` is the spare slot."""
         front, spare = self.soft_prompt_length, self._buffers[0].shape[2] - 1
         source, target = source.to(self.device) + front, target.to(self.device)
-        target = torch.where(target < 0, spare, target + front)
+        return source, torch.where(target < 0, spare, target + front)
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` `(B, P)` to slots `target` `(B, P)`, both as [`places`] gave them."""
         for buffer in self._buffers:
             if buffer.shape[0] == 1:
                 buffer.index_copy_(2, target[0], buffer.index_select(2, source[0]))
@@ -373,9 +376,13 @@ class TreeCache(Cache):
             kept = path[:, first:]
             lengths, steps = send(self.lengths, path.device)[:, None], torch.arange(path.shape[1], device=path.device)
             target = torch.where(kept >= 0, lengths + steps[first:], -1)
+            source, places = lengths + kept.clamp(min=0), {}
             for layer in self.layers:
-                if layer.is_initialized:
-                    layer.move(lengths + kept.clamp(min=0), target)
+                if layer.is_initialized:  # as a rule all are alike, so the slots are looked up once
+                    kind = layer.device, layer.soft_prompt_length, layer.capacity
+                    if kind not in places:
+                        places[kind] = layer.places(source, target)
+                    layer.move(*places[kind])
         if self.slot_position_ids is not None:
             self._extend_positions(counts)
         self.commit(counts)
