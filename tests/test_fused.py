@@ -83,6 +83,37 @@ def test_what_computes_otherwise_is_left_alone(products):
     assert model.model.layers[3].mlp in fused
 
 
+@pytest.mark.parametrize(
+    ("plain_shapes", "computed"),
+    [
+        ("none", {"norm", "mlp", "attention"}),
+        ("keys", {"norm", "mlp", "attention"}),  # a small part of its weights
+        ("mlp", {"norm", "attention"}),
+        ("all", set()),  # to the bit as in plain decoding
+    ],
+)
+@torch.no_grad()
+def test_single_rows_stay_plain_where_most_weights_do(plain_shapes, computed, products, monkeypatch):
+    model = tiny_llama(dtype=torch.float32)
+    layer, seen = model.model.layers[0], set()
+    kinds_of = {"keys": {layer.self_attn.k_proj}, "mlp": set(layer.mlp.children()), "none": set()}
+    plain = {
+        tuple(child.weight.shape)
+        for child in kinds_of.get(plain_shapes, model.modules())
+        if hasattr(child, "in_features")
+    }
+    assert plain_shapes in ("all", "none") or tuple(layer.self_attn.q_proj.weight.shape) not in plain
+    monkeypatch.setattr(PackedLinears, "_cheapest_way", lambda self, shape, rows: 0 if shape in plain else rows)
+    for name, kind in (("rms_norm", "norm"), ("gated_mlp", "mlp"), ("attention_inputs", "attention")):
+        own = getattr(type(products), name)
+        monkeypatch.setattr(type(products), name, lambda *given, own=own, kind=kind: (seen.add(kind), own(*given))[1])
+    packed = PackedLinears(model, products=products)
+    seen.clear()  # parts were compared with their own forwards
+    with grouped_queries(model), packed.active():
+        model(PROMPT[:, :1])
+    assert seen == computed
+
+
 @torch.no_grad()
 def test_silu_over_the_whole_range(products):
     values = torch.cat([torch.linspace(-120, 120, 5001), torch.tensor([0.0, -0.0, 1e-30, float("inf"), float("nan")])])

@@ -8,7 +8,7 @@ its own `forward` computes. Nothing of the model is replaced; packing.py puts th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .products import AttentionProjections, Products
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 EXAMPLE_ROWS = 3
 Linears = Mapping[nn.Module, Tensor]  # linear layers that compute with compiled products, and their packed weights
+Child = tuple[nn.Module, str, nn.Module]  # a module, its name for one of its children, and that
 
 
 class FusedParts:
@@ -29,17 +30,23 @@ class FusedParts:
 
     Args:
         linears: see `Linears`. products: what computes. max_rows: calls of more rows take a part's own forward.
-        plain_rows: numbers of rows that do so, too.
+        plain_rows: by the shape of a weight, numbers of rows that are cheaper in the plain way. A part leaves them to its own
+            forward if that holds for most of its weights; a norm, if it holds for all there are.
 
     Attributes:
         forwards: of each part.
     """
 
     def __init__(
-        self, model: nn.Module, linears: Linears, products: Products, max_rows: int, plain_rows: Sequence[int]
+        self,
+        model: nn.Module,
+        linears: Linears,
+        products: Products,
+        max_rows: int,
+        plain_rows: Mapping[tuple[int, int], Set[int]],
     ):
-        self.linears, self.products = linears, products
-        self.max_rows, self.plain_rows = max_rows, frozenset(plain_rows)
+        self.linears, self.products, self.max_rows, self.plain_rows = linears, products, max_rows, plain_rows
+        self.always_plain = set.intersection(*map(set, plain_rows.values())) if plain_rows else set()
         self.forwards: dict[nn.Module, Callable] = {}
         for module in model.modules():
             for make in (self._norm, self._gated_mlp, self._attention):
@@ -47,13 +54,22 @@ class FusedParts:
                 if forward is not None:
                     self.forwards[module] = forward
 
-    def _serves(self, input: Tensor, children: Sequence[tuple[nn.Module, str, nn.Module]] = ()) -> bool:
+    def _mostly_plain(self, children: Sequence[Child]) -> set[int]:
+        """Numbers of rows that are cheaper in the plain way for most of these layers' weights."""
+        sizes = [
+            (child.weight.numel(), self.plain_rows.get(tuple(child.weight.shape), set())) for *_, child in children
+        ]
+        half = sum(size for size, _ in sizes) / 2
+        every = set().union(*(plain for _, plain in sizes))
+        return {rows for rows in every if sum(size for size, plain in sizes if rows in plain) > half}
+
+    def _serves(self, input: Tensor, plain_rows: Set[int], children: Sequence[Child] = ()) -> bool:
         """Whether a call is one for compiled products, and nobody else has a word in the children's: hooks, such as a gated
         LoRA's, or another layer in the place of one."""
         rows = input.numel() // input.shape[-1]
         return (
             0 < rows <= self.max_rows
-            and rows not in self.plain_rows
+            and rows not in plain_rows
             and input.dtype == torch.float32
             and input.device.type == "cpu"
             and input.is_contiguous()
@@ -64,7 +80,7 @@ class FusedParts:
             )
         )
 
-    def _children(self, module: nn.Module, *names: str) -> list[tuple[nn.Module, str, nn.Module]]:
+    def _children(self, module: nn.Module, *names: str) -> list[Child]:
         """Those of a module, each with it and its name; none if one is no linear layer with compiled products."""
         found = [(module, name, module._modules.get(name)) for name in names]
         return found if all(child in self.linears for _, _, child in found) else []
@@ -81,7 +97,7 @@ class FusedParts:
             return self.products.rms_norm(hidden_states, module.weight, epsilon)
 
         def forward(hidden_states: Tensor) -> Tensor:
-            fits = hidden_states.shape[-1] == module.weight.numel() and self._serves(hidden_states)
+            fits = hidden_states.shape[-1] == module.weight.numel() and self._serves(hidden_states, self.always_plain)
             return fused(hidden_states) if fits else plain(module, hidden_states)
 
         return forward if _agree(module, fused, _example(weight.numel())) else None
@@ -94,12 +110,14 @@ class FusedParts:
         if gate.in_features != down.out_features or len({gate.out_features, up.out_features, down.in_features}) > 1:
             return None
         plain, packed = type(module).forward, [self.linears[child] for *_, child in children]
+        plain_rows = self._mostly_plain(children)
 
         def fused(hidden_states: Tensor) -> Tensor:
             return self.products.gated_mlp(hidden_states, *packed, gate.out_features)
 
         def forward(hidden_states: Tensor) -> Tensor:
-            return fused(hidden_states) if self._serves(hidden_states, children) else plain(module, hidden_states)
+            fits = self._serves(hidden_states, plain_rows, children)
+            return fused(hidden_states) if fits else plain(module, hidden_states)
 
         return forward if _agree(module, fused, _example(gate.in_features), packed[0].dtype) else None
 
@@ -115,7 +133,7 @@ class FusedParts:
             return None
         biases = [None if child.bias is None else child.bias.detach() for *_, child in inputs]
         projections = AttentionProjections([self.linears[child] for *_, child in inputs], biases, heads, d)
-        plain = type(module).forward
+        plain, plain_rows = type(module).forward, self._mostly_plain(children)
 
         def fused(hidden_states, position_embeddings, attention_mask=None, **more):
             query, key, value = self.products.attention_inputs(hidden_states, projections, *position_embeddings)
@@ -129,7 +147,8 @@ class FusedParts:
 
         def forward(hidden_states, position_embeddings=None, attention_mask=None, **more):
             fits = module.config._attn_implementation == GROUPED and not module.training
-            fits = fits and self._serves(hidden_states, children) and _fit(hidden_states, position_embeddings, d)
+            fits = fits and self._serves(hidden_states, plain_rows, children)
+            fits = fits and _fit(hidden_states, position_embeddings, d)
             compute = fused if fits else functools.partial(plain, module)
             return compute(
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **more

@@ -104,7 +104,7 @@ class PackedLinears:
     def _fuse(self, modules: Sequence[nn.Module]) -> dict[nn.Module, Callable]:
         """Whole parts of layers that compiled products compute; rows that are cheaper plain stay plain there."""
         linears = {packed.module: packed.weight for packed in self._packed if packed.products is not None}
-        plain_rows = [rows for rows in MEASURED_ROWS if any(ways[rows] == 0 for ways in self.few_rows.values())]
+        plain_rows = {shape: {rows for rows, way in ways.items() if way == 0} for shape, ways in self.few_rows.items()}
         fused: dict[nn.Module, Callable] = {}
         for module in modules if linears else ():
             fused |= FusedParts(module, linears, self.products, self.max_rows, plain_rows).forwards
