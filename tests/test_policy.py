@@ -15,7 +15,7 @@ from tiny_models import tiny_llama
 
 from confu_hf.acceleration.costs import CostModel
 from confu_hf.decoding.cost_policy import REFRESH, CostPolicy
-from confu_hf.decoding.experience import Experience
+from confu_hf.decoding.experience import Experience, FutureValue
 from confu_hf.decoding.sweep import Bench
 from confu_hf.options import TreeOptions
 from confu_hf.tree.draft_tree import DraftTree
@@ -180,6 +180,19 @@ def test_contemplation_pays_where_rows_are_cheap_and_costs_nothing_where_it_is_u
         assert (1 < asked < 6) if contemplate else asked == 0
     assert speeds[0.1, True] > 1.05 * speeds[0.1, False]
     assert speeds[0.0, True] > 0.98 * speeds[0.0, False]
+
+
+@pytest.mark.parametrize(("dearer", "share"), [(0.0, 1 / 33), (0.05, 0.01)])
+def test_futures_that_do_not_pay_are_tried_as_rarely_as_they_are_dear(dearer, share, monkeypatch):
+    """0.5 % of the time, over calls: a round here takes about 0.06 seconds, so 0.05 more are risked in one of 170."""
+    monkeypatch.setattr(FutureValue, "share", property(lambda self: 0.0))
+    options = TreeOptions(depth=3, top_k=4, contemplate=True)
+    call = Simulation(0.6, lambda token: 0.55, options, verify=lambda rows: 0.05 * rows**0.1, step=0.002)
+    call.policy.costs.contemplation = dearer
+    call.run(3000)
+    tried = [number for number, record in enumerate(call.records) if record.contemplate_tokens]
+    assert tried and tried[0] >= 32
+    assert 0.3 * share < len(tried) / len(call.records) <= share
 
 
 def test_a_batch_is_planned_as_a_whole():

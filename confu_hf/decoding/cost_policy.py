@@ -38,8 +38,9 @@ FIRST_STAKE = 0.6
 # Rounds until a first probe while drafting does not pay; the share of the time that probes may cost in the long run; the
 # nodes of a probe; what is left of old forecasts after one that paid.
 FIRST_PAUSE, PROBE_SHARE, PROBE_NODES, FADE = 4, 0.0075, 4, 0.25
-# Where contemplate tokens are not worth their rows, one is run now and then all the same, to learn of their worth.
-EXPLORE = 32
+# Where contemplate tokens are not worth their rows, one is run now and then all the same, to learn of their worth: after so
+# many rounds without, more where it is dear, so that it takes no more than this share of the time.
+EXPLORE, EXPLORE_SHARE = 32, 0.005
 
 
 @dataclass
@@ -209,8 +210,8 @@ class CostPolicy:
         joints = [[joint[node] for node in nodes] for nodes, joint in zip(kept, joints, strict=True)]
         self._remember_layers(forecasts, joints)
         contemplate_tokens = this.best.contemplate_tokens
-        if self._contemplates() and self.rounds % EXPLORE == 0:
-            contemplate_tokens = max(1, contemplate_tokens)
+        if not contemplate_tokens and self._contemplates() and self._exploration_is_due(number):
+            contemplate_tokens = 1
         if contemplate_tokens:  # where a walk ends is for what is expected to say, not for the draft's own word
             tree = replace(tree, log_probs=host.send(joints, tree.tokens.device, tree.log_probs.dtype).log())
         return Chosen(tree, contemplate_tokens, forecasts)
@@ -240,6 +241,13 @@ class CostPolicy:
             if active
         ]
         return sum(tokens) / max(1, len(tokens))
+
+    def _exploration_is_due(self, nodes: int) -> bool:
+        """Whether it is long enough ago, in this call or in earlier ones, that a round contemplated."""
+        plain = self._pass_seconds(nodes)
+        dearer = self._pass_seconds(nodes + self.contemplate_length) + self._beside(True) - plain
+        whole = plain + self._draft_seconds(self.round.steps)
+        return self.experience.rounds_since_future >= max(EXPLORE, dearer / (EXPLORE_SHARE * whole))
 
     def _contemplates(self) -> bool:
         return self.options.contemplate and self.gain.value > 0
@@ -283,6 +291,8 @@ class CostPolicy:
                     self.experience.future.learn(fresh, count - self.usual.value, this.drafted)
         self.fresh = record.fresh
         self.rounds += 1
+        experience = self.experience
+        experience.rounds_since_future = 0 if record.contemplate_tokens else experience.rounds_since_future + 1
         self.experience.rounds_since_plain = (
             0 if rows == len(record.accepted) else self.experience.rounds_since_plain + 1
         )

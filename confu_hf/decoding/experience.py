@@ -110,7 +110,7 @@ class Experience:
         costs: measured, by what they depend on. calibrations: of the network, with contemplation and without. lookup: the
             calibration of what was looked up, which knows its odds (matches.py), but not what the network said beside it.
         future: see there.
-        rounds_since_plain: rounds since a plain one was timed.
+        rounds_since_plain: rounds since a plain one was timed. rounds_since_future: since one contemplated.
         proof: drafted tokens that were accepted so far, by batch row.
         answers: what the assistant wrote.
     """
@@ -121,6 +121,7 @@ class Experience:
     lookup: Calibration = field(default_factory=Calibration)
     future: FutureValue = field(default_factory=FutureValue)
     rounds_since_plain: int = 0
+    rounds_since_future: int = 0
     proof: float = 0.0
     answers: AnswerMemory = field(default_factory=AnswerMemory)
 
