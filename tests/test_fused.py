@@ -52,7 +52,7 @@ def test_every_architecture_computes_the_same(name, rows, products):
         ("llama", {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}),
         ("qwen2", {"Qwen2RMSNorm", "Qwen2MLP", "Qwen2Attention"}),
         ("mistral", {"MistralRMSNorm", "MistralMLP", "MistralAttention"}),
-        ("qwen3", {"Qwen3RMSNorm", "Qwen3MLP"}),  # norms of queries and keys stand between
+        ("qwen3", {"Qwen3RMSNorm", "Qwen3MLP", "Qwen3Attention"}),  # norms of queries and keys stand between
         ("gemma2", set()),  # norms by 1 + weight, another activation, soft-capped attention
     ],
 )
@@ -149,6 +149,24 @@ def test_a_layer_that_takes_the_place_of_another_is_asked(products):
     mlp.gate_proj = nn.Sequential(mlp.gate_proj, nn.Dropout(1.0).train())  # nothing passes
     with grouped_queries(model), packed.active():
         assert not mlp(torch.randn(1, 4, mlp.up_proj.in_features)).any()
+
+
+@torch.no_grad()
+def test_norms_and_biases_that_were_replaced_are_seen(products):
+    """Norms at once; biases, which lie with packed weights, when the next call asks whether these are stale."""
+    for name, child in (("qwen3", "q_norm"), ("qwen3", "k_norm"), ("qwen2", "k_proj")):
+        model = ARCHITECTURES[name](dtype=torch.float32)
+        packed, module = PackedLinears(model, products=products), model.model.layers[1].self_attn.get_submodule(child)
+        field = "bias" if name == "qwen2" else "weight"
+        assert not packed.is_stale()
+        setattr(module, field, nn.Parameter(torch.randn_like(getattr(module, field)), requires_grad=False))
+        if field == "bias":
+            assert packed.is_marked() and packed.is_stale()
+            packed = PackedLinears(model, products=products)
+        with grouped_queries(model):
+            expected = model(PROMPT).logits
+            with packed.active():
+                torch.testing.assert_close(model(PROMPT).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_random_stream_is_the_users(products):

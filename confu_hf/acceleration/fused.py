@@ -86,12 +86,9 @@ class FusedParts:
         return found if all(child in self.linears for _, _, child in found) else []
 
     def _norm(self, module: nn.Module) -> Callable | None:
-        weight = getattr(module, "weight", None)
-        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        is_norm = type(module).__name__.endswith("RMSNorm") and not module._modules
-        if not is_norm or weight is None or weight.dtype != torch.float32 or not isinstance(epsilon, float):
+        if not _is_norm((None, "", module)):
             return None
-        plain = type(module).forward
+        plain, epsilon = type(module).forward, _epsilon(module)
 
         def fused(hidden_states: Tensor) -> Tensor:
             return self.products.rms_norm(hidden_states, module.weight, epsilon)
@@ -100,7 +97,7 @@ class FusedParts:
             fits = hidden_states.shape[-1] == module.weight.numel() and self._serves(hidden_states, self.always_plain)
             return fused(hidden_states) if fits else plain(module, hidden_states)
 
-        return forward if _agree(module, fused, _example(weight.numel())) else None
+        return forward if _agree(module, fused, _example(module.weight.numel())) else None
 
     def _gated_mlp(self, module: nn.Module) -> Callable | None:
         children = self._children(module, "gate_proj", "up_proj", "down_proj")
@@ -124,16 +121,29 @@ class FusedParts:
     def _attention(self, module: nn.Module) -> Callable | None:
         children = self._children(module, "q_proj", "k_proj", "v_proj", "o_proj")
         needed = ("config", "head_dim", "scaling", "layer_idx")
-        if not children or len(module._modules) > 4 or not all(hasattr(module, name) for name in needed):
+        if not children or not all(hasattr(module, name) for name in needed):
             return None
         *inputs, (_, _, o_proj) = children
         width, d = o_proj.out_features, module.head_dim
         heads, rest = zip(*(divmod(child.out_features, d) for *_, child in inputs), strict=True)
         if any(rest) or any(child.in_features != width for *_, child in inputs) or o_proj.in_features != heads[0] * d:
             return None
-        biases = [None if child.bias is None else child.bias.detach() for *_, child in inputs]
-        projections = AttentionProjections([self.linears[child] for *_, child in inputs], biases, heads, d)
+        norms = [(module, name, child) for name, child in module._modules.items() if child not in self.linears]
+        if norms and ([name for _, name, _ in norms] != ["q_norm", "k_norm"] or not all(map(_is_norm, norms, (d, d)))):
+            return None
+        epsilons = {_epsilon(child) for *_, child in norms} or {0.0}
+        if len(epsilons) > 1:
+            return None
+        projections = AttentionProjections(
+            [self.linears[child] for *_, child in inputs],
+            [None if child.bias is None else child.bias.detach() for *_, child in inputs],
+            heads,
+            d,
+            [child.weight.detach() for *_, child in norms] or (None, None),
+            *epsilons,
+        )
         plain, plain_rows = type(module).forward, self._mostly_plain(children)
+        inside, addresses = [*children, *norms], [(norm, norm[-1].weight.data_ptr()) for norm in norms]
 
         def fused(hidden_states, position_embeddings, attention_mask=None, **more):
             query, key, value = self.products.attention_inputs(hidden_states, projections, *position_embeddings)
@@ -147,7 +157,8 @@ class FusedParts:
 
         def forward(hidden_states, position_embeddings=None, attention_mask=None, **more):
             fits = module.config._attn_implementation == GROUPED and not module.training
-            fits = fits and self._serves(hidden_states, plain_rows, children)
+            fits = fits and self._serves(hidden_states, plain_rows, inside)
+            fits = fits and all(child.weight.data_ptr() == known for (*_, child), known in addresses)
             fits = fits and _fit(hidden_states, position_embeddings, d)
             compute = fused if fits else functools.partial(plain, module)
             return compute(
@@ -157,6 +168,18 @@ class FusedParts:
         angles = _example(d // 2).repeat(1, 1, 2)
         more = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
         return forward if _agree(module, fused, _example(width), projections.dtype, **more) else None
+
+
+def _is_norm(child: Child, width: int | None = None) -> bool:
+    """Whether a module looks like an RMS norm with a weight in float32, over `width` values if that is given."""
+    weight, name = getattr(child[-1], "weight", None), type(child[-1]).__name__
+    looks_like_one = name.endswith("RMSNorm") and not child[-1]._modules and isinstance(_epsilon(child[-1]), float)
+    looks_like_one &= isinstance(weight, Tensor) and weight.dtype == torch.float32 and weight.ndim == 1
+    return looks_like_one and width in (None, weight.numel())
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def _fit(hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, head_dim: int) -> bool:

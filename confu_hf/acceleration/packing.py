@@ -44,7 +44,7 @@ class _Packed:
 
     module: nn.Linear
     weight: Tensor
-    state: tuple[int, int | None]
+    state: tuple[int, int | None, int | None]
     checksum: Tensor
     products: Products | None = None
 
@@ -96,7 +96,7 @@ class PackedLinears:
                 wanted = weight.to(dtype or weight.dtype)
                 packed = torch.ops.mkldnn._reorder_linear_weight(wanted) if used is None else used.pack(weight)
                 by_address[weight.data_ptr()] = packed
-            self._packed.append(_Packed(linear, packed, _state(weight), _checksum(weight), used))
+            self._packed.append(_Packed(linear, packed, _state(linear), _checksum(weight), used))
         shapes = {tuple(packed.module.weight.shape) for packed in self._packed}
         self.few_rows = {shape: {rows: self._cheapest_way(shape, rows) for rows in MEASURED_ROWS} for shape in shapes}
         self.fused = self._fuse(modules)
@@ -157,7 +157,7 @@ class PackedLinears:
 
     def is_marked(self) -> bool:
         """Whether a weight says itself that it has been replaced or changed since it was packed."""
-        return any(_state(packed.module.weight.detach()) != packed.state for packed in self._packed)
+        return any(_state(packed.module) != packed.state for packed in self._packed)
 
     @contextmanager
     def active(self) -> Iterator[PackedLinears]:
@@ -193,8 +193,11 @@ def _packable(module: nn.Module) -> bool:
     return supported and weight.device.type == "cpu" and type(weight) in (nn.Parameter, Tensor)
 
 
-def _state(weight: Tensor) -> tuple[int, int | None]:
-    return weight.data_ptr(), None if weight.is_inference() else weight._version
+def _state(linear: nn.Linear) -> tuple[int, int | None, int | None]:
+    """Where weight and bias lie, and the version of the weight; a bias that changes where it lies is read as it is."""
+    weight, bias = linear.weight.detach(), linear.bias
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, None if bias is None else bias.data_ptr()
 
 
 def _checksum(weight: Tensor) -> Tensor:

@@ -144,15 +144,6 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t d) {
     }
 }
 
-extern "C" int64_t panel_columns() { return PANEL; }
-
-extern "C" void product(
-    const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, bool wide, int64_t threads
-) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    multiply(x, w, wide, y, m, k, n);
-}
-
 // y = x / root mean square of x * weight, row by row.
 extern "C" void rms_norm(const float* x, const float* weight, float* y, int64_t m, int64_t k, float epsilon) {
     for (int64_t row = 0; row < m; row++, x += k, y += k) {
@@ -168,6 +159,15 @@ extern "C" void rms_norm(const float* x, const float* weight, float* y, int64_t 
         const float scale = 1 / std::sqrt(sum / k + epsilon);
         for (i = 0; i < k; i++) y[i] = weight[i] * (x[i] * scale);
     }
+}
+
+extern "C" int64_t panel_columns() { return PANEL; }
+
+extern "C" void product(
+    const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, bool wide, int64_t threads
+) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    multiply(x, w, wide, y, m, k, n);
 }
 
 // y = (silu(x gate) * (x up)) down; `hidden` is room for 2 m times `inner` values.
@@ -188,10 +188,12 @@ extern "C" void gated_mlp(
 }
 
 // Queries, keys and values of m rows, `heads[0]`, `heads[1]` and `heads[2]` heads of width d, one behind the other in y;
-// queries and keys rotated. `biases` may be null; cos and sin are (positions, d), row r is at position r % positions.
+// heads of queries and keys normed, then rotated. Each of `biases` and `norms` may be null; cos and sin are (positions, d),
+// row r is at position r % positions.
 extern "C" void attention_inputs(
-    const float* x, const void* const* weights, const float* const* biases, const int64_t* heads, const float* cos,
-    const float* sin, float* y, int64_t m, int64_t k, int64_t d, int64_t positions, bool wide, int64_t threads
+    const float* x, const void* const* weights, const float* const* biases, const float* const* norms,
+    const int64_t* heads, const float* cos, const float* sin, float* y, int64_t m, int64_t k, int64_t d,
+    int64_t positions, float epsilon, bool wide, int64_t threads
 ) {
     float* parts[3] = {y, y + m * heads[0] * d, y + m * (heads[0] + heads[1]) * d};
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -205,6 +207,7 @@ extern "C" void attention_inputs(
                 float* states = parts[part] + row * heads[part] * d;
                 if (biases[part])
                     for (int64_t i = 0; i < heads[part] * d; i++) states[i] += biases[part][i];
+                if (norms[part]) rms_norm(states, norms[part], states, heads[part], d, epsilon);
                 if (part < 2)
                     for (int64_t head = 0; head < heads[part]; head++)
                         rotate(states + head * d, cos + position, sin + position, d);

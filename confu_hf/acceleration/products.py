@@ -53,7 +53,7 @@ class Products:
             "product": [pointer] * 3 + [number] * 3 + [flag, number],
             "rms_norm": [pointer] * 3 + [number] * 2 + [ctypes.c_float],
             "gated_mlp": [pointer] * 6 + [number] * 4 + [flag, number],
-            "attention_inputs": [pointer] * 7 + [number] * 4 + [flag, number],
+            "attention_inputs": [pointer] * 8 + [number] * 4 + [ctypes.c_float, flag, number],
         }
         for name, types in arguments.items():
             getattr(library, name).argtypes, getattr(library, name).restype = types, None
@@ -97,15 +97,15 @@ class Products:
     def attention_inputs(
         self, input: Tensor, projections: AttentionProjections, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of `(B, Q, k)` float32, each `(B, its heads, Q, d)`; queries and keys rotated, the
-        first half of a head with the second, by `cos` and `sin` `(1 or B, Q, d)`."""
+        """Queries, keys and values of `(B, Q, k)` float32, each `(B, its heads, Q, d)`; heads of queries and keys normed, if
+        they are, and rotated, the first half of a head with the second, by `cos` and `sin` `(1 or B, Q, d)`."""
         (batch, length, width), heads, d = input.shape, projections.heads, projections.head_dim
         rows = batch * length
         output = input.new_empty(rows * sum(heads) * d)
         pointers = (*projections.pointers, cos.data_ptr(), sin.data_ptr(), output.data_ptr())
         sizes = (rows, width, d, cos.shape[0] * length)
-        wide, threads = projections.dtype == torch.float32, torch.get_num_threads()
-        self._library.attention_inputs(input.data_ptr(), *pointers, *sizes, wide, threads)
+        how = (projections.epsilon, projections.dtype == torch.float32, torch.get_num_threads())
+        self._library.attention_inputs(input.data_ptr(), *pointers, *sizes, *how)
         parts = output.split([rows * count * d for count in heads])
         return tuple(
             part.view(batch, length, count, d).transpose(1, 2) for part, count in zip(parts, heads, strict=True)
@@ -114,18 +114,21 @@ class Products:
 
 class AttentionProjections:
     """Packed weights of queries, keys and values, of one dtype, with their biases, and how many heads of width `head_dim`
-    each makes."""
+    each makes; `norms` `(head_dim,)` of the heads of queries and of keys, with their `epsilon`, if there are any."""
 
     def __init__(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], heads: Sequence[int], head_dim: int
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        heads: Sequence[int],
+        head_dim: int,
+        norms: Sequence[Tensor | None] = (None, None),
+        epsilon: float = 0.0,
     ):
-        self.heads, self.head_dim, self.dtype = tuple(heads), head_dim, weights[0].dtype
-        self._kept = (weights, biases)  # they must outlive the pointers
-        addresses = [[None if tensor is None else tensor.data_ptr() for tensor in part] for part in (weights, biases)]
-        self._arrays = (
-            *((ctypes.c_void_p * 3)(*part) for part in addresses),
-            (ctypes.c_int64 * 3)(*heads),
-        )
+        self.heads, self.head_dim, self.dtype, self.epsilon = tuple(heads), head_dim, weights[0].dtype, epsilon
+        self._kept = (weights, biases, [*norms, None])  # they must outlive the pointers
+        addresses = [[None if tensor is None else tensor.data_ptr() for tensor in part] for part in self._kept]
+        self._arrays = (*((ctypes.c_void_p * 3)(*part) for part in addresses), (ctypes.c_int64 * 3)(*heads))
         self.pointers = tuple(ctypes.addressof(array) for array in self._arrays)
 
 
