@@ -9,6 +9,7 @@ from test_products import PROMPT, pytestmark  # noqa: F401 - skips where nothing
 from tiny_models import ARCHITECTURES, tiny_llama
 from torch import nn
 from torch.nn import functional as F
+from transformers import AttentionInterface
 
 from confu_hf.acceleration.attention import grouped_queries
 from confu_hf.acceleration.packing import PackedLinears
@@ -149,6 +150,19 @@ def test_a_layer_that_takes_the_place_of_another_is_asked(products):
     mlp.gate_proj = nn.Sequential(mlp.gate_proj, nn.Dropout(1.0).train())  # nothing passes
     with grouped_queries(model), packed.active():
         assert not mlp(torch.randn(1, 4, mlp.up_proj.in_features)).any()
+
+
+@pytest.mark.parametrize("argument", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"scaling": 0.123}])
+def test_attention_that_asks_for_more_is_left_alone(argument, products, monkeypatch):
+    """However little it may change: what it hands to the attention function tells."""
+    model = tiny_llama(dtype=torch.float32)
+    interface = type(AttentionInterface()).get_interface
+    monkeypatch.setattr(
+        type(AttentionInterface()),
+        "get_interface",
+        lambda self, *names: lambda *states, **given: interface(self, *names)(*states, **given | argument),
+    )
+    assert "LlamaAttention" not in kinds(PackedLinears(model, products=products))
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ its own `forward` computes. Nothing of the model is replaced; packing.py puts th
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from .. import compat
 from .attention import GROUPED, grouped_attention
@@ -23,6 +25,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 EXAMPLE_ROWS = 3
 Linears = Mapping[nn.Module, Tensor]  # linear layers that compute with compiled products, and their packed weights
 Child = tuple[nn.Module, str, nn.Module]  # a module, its name for one of its children, and that
+SPY = f"{compat.OWN_ATTENTION}spy"  # an attention that only notes what it is asked
 
 
 class FusedParts:
@@ -153,7 +156,7 @@ class FusedParts:
             heads_say = grouped_attention(
                 module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **more
             )
-            return o_proj(heads_say[0].reshape(hidden_states.shape)), heads_say[1]
+            return o_proj(heads_say[0].reshape(*hidden_states.shape[:-1], -1)), heads_say[1]
 
         def forward(hidden_states, position_embeddings=None, attention_mask=None, **more):
             fits = module.config._attn_implementation == GROUPED and not module.training
@@ -165,9 +168,13 @@ class FusedParts:
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **more
             )
 
-        angles = _example(d // 2).repeat(1, 1, 2)
+        angles, input = _example(d // 2).repeat(1, 1, 2), _example(width)
         more = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
-        return forward if _agree(module, fused, _example(width), projections.dtype, **more) else None
+        asks = _attention_of(module, input, **more)
+        if not asks or not _agree(module, fused, input, projections.dtype, **more):
+            return None
+        got = self.products.attention_inputs(input, projections, *more["position_embeddings"])
+        return forward if all(_close(a, b, projections.dtype) for a, b in zip(got, asks, strict=True)) else None
 
 
 def _is_norm(child: Child, width: int | None = None) -> bool:
@@ -201,6 +208,13 @@ def _example(width: int) -> Tensor:
     return torch.randn(1, EXAMPLE_ROWS, width, generator=torch.Generator().manual_seed(width))
 
 
+def _close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Within the tolerance of weights in `dtype`."""
+    if got.shape != expected.shape:
+        return False
+    return bool((got - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max())
+
+
 @torch.no_grad()
 def _agree(module: nn.Module, forward: Callable, input: Tensor, dtype: torch.dtype = torch.float32, **more) -> bool:
     """Whether `forward` with weights in `dtype` computes what the module itself does. One that cannot be called like this is
@@ -211,6 +225,40 @@ def _agree(module: nn.Module, forward: Callable, input: Tensor, dtype: torch.dty
         return False
     if isinstance(expected, tuple):
         expected, got = expected[0], got[0]
-    return expected.shape == got.shape and bool(
-        (got - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
-    )
+    return _close(got, expected, dtype)
+
+
+@torch.no_grad()
+def _attention_of(module: nn.Module, input: Tensor, **more) -> tuple[Tensor, ...]:
+    """Queries, keys and values that an attention module makes of `input`; nothing, if it asks for more than a mask and a
+    scale do: soft-capping or sinks may change too little in an example to be seen in its output."""
+    twin, seen = copy.copy(module), []
+    twin.config = copy.copy(module.config)
+    compat.set_attention_implementation(twin.config, SPY)
+    try:
+        type(module).forward(twin, input, **more, noted=seen)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return ()
+    if len(seen) != 1:
+        return ()
+    *states, arguments = seen[0]
+    usual = arguments.pop("scaling", None) == module.scaling and not arguments.pop("dropout", 0.0)
+    arguments.pop("sliding_window", None)  # the mask's business
+    return tuple(states) if usual and all(value is None for value in arguments.values()) else ()
+
+
+def _spy(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    noted: list,
+    **arguments,
+) -> tuple[Tensor, None]:
+    noted.append((query, key, value, arguments))
+    return query.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SPY, _spy)
