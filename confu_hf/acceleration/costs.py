@@ -23,8 +23,9 @@ PACE_MEMORY, MOST_PACE = 8, 8.0
 # How far a round's seconds may lie above the estimate and still count in full, once a few were seen: a page fault says
 # nothing of rows.
 OUTLIER, TRUSTED = 2.0, 3
-# What all counts have in common weighs as much as so many rounds of one group of counts.
-COMMON_ROUNDS = 4.0
+# What all counts have in common weighs as much as so many rounds of one group of counts; and what is left of the weight of a
+# group for each round of another one: counts that were dear once and are avoided since would never be found cheaper.
+COMMON_ROUNDS, FADING = 4.0, 0.98
 # Attention reads the context: contexts of up to 512 tokens share a curve, then up to 1024, 2048, ...
 SHORTEST_RANGE = 512
 # How often the sweep runs each number of rows, where its budget allows it.
@@ -80,6 +81,9 @@ class Curve:
         ratio = seconds / self._shape_at(count)
         if self.seen(count) >= TRUSTED:
             ratio = min(ratio, OUTLIER * self._ratio(group(count)))
+        for index, mean in self.ratios.items():
+            if index != group(count):
+                mean.weight *= FADING
         self.ratios.setdefault(group(count), RunningMean()).add(ratio)
         self.overall.add(ratio)
         self._known.clear()

@@ -320,7 +320,8 @@ def confu_generate(
     state, acceptance = decoder.start(prompt)
     with accelerated(decoder.target, decoder.drafter.network, pack_weights, products) as acceleration:
         decoder.expect = acceleration.expect
-        execution = f"pack_weights={pack_weights}, compiled={acceleration.execution.compiled}"
+        compiled = products.path.stem if acceleration.execution.compiled else False  # another library has other costs
+        execution = f"pack_weights={pack_weights}, compiled={compiled}"
         models = (decoder.target, decoder.layer_ids, decoder.drafter.network)
         decoder.policy.prepare(Bench(*models, execution, acceleration.expect, decoder.products()))
         while True:
