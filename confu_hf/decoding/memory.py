@@ -93,7 +93,7 @@ class AnswerMemory:
             followers: dict[tuple[int, ...], Followers] = {}
             for answer in answers:
                 for end in range(1, len(answer)):
-                    _count(followers, answer[:end], answer[end])
+                    _count(followers, answer[max(0, end - LENGTHS[-1]) : end], answer[end])
             self._answers, self._followers = deque(answers), followers
         answer = list(prompt[-LENGTHS[-1] :])
         self._answers.append(answer)
