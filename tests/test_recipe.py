@@ -102,7 +102,7 @@ def test_all_stages_give_a_pair_and_its_baseline(tmp_path, tokenizer):
     target = tiny_llama(dtype=torch.float32)
     confu = ConFuAssistant.from_pretrained(tmp_path / "confu", target=target)
     assert confu.config.feedback_after_norm and target.confu.config.lora_rank == 2
-    target.generate(torch.tensor([[5, 17, 40]]), assistant_model=confu, max_new_tokens=6)
+    target.generate(torch.tensor([[5, 17, 40]]), assistant_model=confu, max_new_tokens=6, policy="fixed")
     assert confu.stats.contemplate_tokens > 0
 
 

@@ -201,7 +201,8 @@ def test_the_folder_is_what_users_load(finished):
     prompt = torch.tensor([[5, 17, 40, 8]])
     expected = tiny_llama().generate(prompt, max_new_tokens=12, do_sample=False)
     assert torch.equal(
-        target.generate(prompt, assistant_model=assistant, max_new_tokens=12, do_sample=False), expected
+        target.generate(prompt, assistant_model=assistant, max_new_tokens=12, do_sample=False, policy="fixed"),
+        expected,
     )
     assert assistant.stats.rounds > 0
     assert (assistant.stats.contemplate_tokens > 0) == contemplate
