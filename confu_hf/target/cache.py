@@ -169,14 +169,12 @@ class TreeLayer(CacheLayerMixin):
         self.lengths = [stop] * key_states.shape[0]
         return self._view(0, stop)
 
-    def places(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots as [`move`] takes them: behind the soft prompts; -1 in `target` `(B, P)` is the spare slot."""
-        front, spare = self.soft_prompt_length, self._buffers[0].shape[2] - 1
-        source, target = source.to(self.device) + front, target.to(self.device)
-        return source, torch.where(target < 0, spare, target + front)
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots `source` `(B, P)` to slots `target` `(B, P)`, both as [`places`] gave them."""
+    def move(self, source: Tensor, target: Tensor, seen: dict) -> None:
+        """Copy slots `source` `(B, P)` to slots `target` `(B, P)`; -1 there is the spare slot. `seen`: from layer to layer."""
+        kind = front, spare, device = self.soft_prompt_length, self._buffers[0].shape[2] - 1, self.device
+        if kind not in seen:  # as a rule all layers are alike
+            seen[kind] = source.to(device) + front, (torch.where(target < 0, spare - front, target) + front).to(device)
+        source, target = seen[kind]
         for buffer in self._buffers:
             if buffer.shape[0] == 1:
                 buffer.index_copy_(2, target[0], buffer.index_select(2, source[0]))
@@ -370,19 +368,14 @@ class TreeCache(Cache):
             )
         self._written = 0
         nodes = [[row for row in rows if row >= 0] for rows in path.tolist()] if nodes is None else nodes
-        moved = [step for rows in nodes for step, row in enumerate(rows) if row != step]
-        first = min(moved, default=path.shape[1])
+        first = min((step for rows in nodes for step, row in enumerate(rows) if row != step), default=path.shape[1])
         if first < path.shape[1]:  # the rows before already are where they belong
             kept = path[:, first:]
             lengths, steps = send(self.lengths, path.device)[:, None], torch.arange(path.shape[1], device=path.device)
             target = torch.where(kept >= 0, lengths + steps[first:], -1)
-            source, places = lengths + kept.clamp(min=0), {}
-            for layer in self.layers:
-                if layer.is_initialized:  # as a rule all are alike, so the slots are looked up once
-                    kind = layer.device, layer.soft_prompt_length, layer.capacity
-                    if kind not in places:
-                        places[kind] = layer.places(source, target)
-                    layer.move(*places[kind])
+            source, seen = lengths + kept.clamp(min=0), {}
+            for layer in filter(lambda layer: layer.is_initialized, self.layers):
+                layer.move(source, target, seen)
         if self.slot_position_ids is not None:
             self._extend_positions(counts)
         self.commit(counts)
