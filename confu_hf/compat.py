@@ -85,12 +85,6 @@ def cache_keyword(module: nn.Module, cache: Cache | None) -> dict[str, Cache | N
     return {cache_argument(module) or _CACHE_NAMES[-1]: cache}
 
 
-def pop_cache(arguments: dict[str, Any]) -> Cache | None:
-    """Take the cache out of the arguments of a layer."""
-    found = [arguments.pop(name, None) for name in _CACHE_NAMES]
-    return next((cache for cache in found if cache is not None), None)
-
-
 def prompt_pass_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What the model makes of its inputs for the pass that reads the prompt, images included."""
     return model.prepare_inputs_for_generation(is_first_iteration=True, **inputs)

@@ -35,7 +35,7 @@ class TreeOptions:
         policy: "auto" decides in each round, from measured costs and from what is accepted, how much is drafted and
             verified; the options above are its upper limits. "fixed" = the tree that they describe, in every round.
         pack_weights: on CPU, decode with a copy of the linear layers packed for small batches of rows, the draft's in
-            bfloat16 if the CPU multiplies that; None = if that copy stays below 2 GiB.
+            bfloat16 if the CPU multiplies that, or after `compile()`; None = if that copy stays below 2 GiB.
     """
 
     total_tokens: int = 30

@@ -15,11 +15,11 @@ from tiny_models import ARCHITECTURES
 
 from confu_hf import LookupAssistant
 from confu_hf.decoding.lookup import LookupText
+from confu_hf.decoding.matches import PRIOR_STRENGTH
 from confu_hf.decoding.memory import (
     LENGTHS,
     MAX_CONTINUATIONS,
     MAX_FOLLOWERS,
-    PRIOR_STRENGTH,
     AnswerMemory,
     Continuation,
 )
@@ -91,6 +91,18 @@ def test_the_older_half_is_forgotten():
     whole = written(*([word, word + 1, word + 2] for word in range(0, 300, 3)))
     for word in range(270, 300, 3):
         assert memory.continuations([word]) == whole.continuations([word])
+
+
+def test_what_is_forgotten_leaves_the_rest_as_it_was():
+    """The end of a prompt tells how answers begin; it is not written, also when the rest is counted anew."""
+    memory, last = AnswerMemory(20), [10, 11, 12]
+    for first in (1, 2):
+        for word in [5, 6, 7, 8, 9]:
+            answer = memory.begin(last)
+            for token in (first, word):
+                memory.append(answer, token)
+    assert len(memory) < 10 * 5 and memory.continuations([12])[0].token == 2
+    assert not memory.continuations([10]) and not memory.continuations([11])
 
 
 def test_an_answer_begins_with_the_end_of_its_prompt():

@@ -89,7 +89,7 @@ class FusedParts:
         return found if all(child in self.linears for _, _, child in found) else []
 
     def _norm(self, module: nn.Module) -> Callable | None:
-        if not _is_norm((None, "", module)):
+        if not _is_norm(module):
             return None
         plain, epsilon = type(module).forward, _epsilon(module)
 
@@ -126,31 +126,17 @@ class FusedParts:
         needed = ("config", "head_dim", "scaling", "layer_idx")
         if not children or not all(hasattr(module, name) for name in needed):
             return None
-        *inputs, (_, _, o_proj) = children
-        width, d = o_proj.out_features, module.head_dim
-        heads, rest = zip(*(divmod(child.out_features, d) for *_, child in inputs), strict=True)
-        if any(rest) or any(child.in_features != width for *_, child in inputs) or o_proj.in_features != heads[0] * d:
-            return None
+        o_proj, d = module.o_proj, module.head_dim
         norms = [(module, name, child) for name, child in module._modules.items() if child not in self.linears]
-        if norms and ([name for _, name, _ in norms] != ["q_norm", "k_norm"] or not all(map(_is_norm, norms, (d, d)))):
+        projections = self._projections(module, [child for *_, child in children[:3]], [child for *_, child in norms])
+        if projections is None or [name for _, name, _ in norms] not in ([], ["q_norm", "k_norm"]):
             return None
-        epsilons = {_epsilon(child) for *_, child in norms} or {0.0}
-        if len(epsilons) > 1:
-            return None
-        projections = AttentionProjections(
-            [self.linears[child] for *_, child in inputs],
-            [None if child.bias is None else child.bias.detach() for *_, child in inputs],
-            heads,
-            d,
-            [child.weight.detach() for *_, child in norms] or (None, None),
-            *epsilons,
-        )
         plain, plain_rows = type(module).forward, self._mostly_plain(children)
         inside, addresses = [*children, *norms], [(norm, norm[-1].weight.data_ptr()) for norm in norms]
 
         def fused(hidden_states, position_embeddings, attention_mask=None, **more):
             query, key, value = self.products.attention_inputs(hidden_states, projections, *position_embeddings)
-            cache = compat.pop_cache(more)
+            cache, more = compat.split_cache(more)
             if cache is not None:
                 key, value = cache.update(key, value, module.layer_idx)
             heads_say = grouped_attention(
@@ -168,7 +154,7 @@ class FusedParts:
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **more
             )
 
-        angles, input = _example(d // 2).repeat(1, 1, 2), _example(width)
+        angles, input = _example(d // 2).repeat(1, 1, 2), _example(o_proj.out_features)
         more = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
         asks = _attention_of(module, input, **more)
         if not asks or not _agree(module, fused, input, projections.dtype, **more):
@@ -176,11 +162,35 @@ class FusedParts:
         got = self.products.attention_inputs(input, projections, *more["position_embeddings"])
         return forward if all(_close(a, b, projections.dtype) for a, b in zip(got, asks, strict=True)) else None
 
+    def _projections(
+        self, module: nn.Module, inputs: Sequence[nn.Linear], norms: Sequence[nn.Module]
+    ) -> AttentionProjections | None:
+        """Those of an attention module, if they fit each other."""
+        width, d = module.o_proj.out_features, module.head_dim
+        heads, rest = zip(*(divmod(child.out_features, d) for child in inputs), strict=True)
+        if (
+            any(rest)
+            or any(child.in_features != width for child in inputs)
+            or module.o_proj.in_features != heads[0] * d
+        ):
+            return None
+        epsilons = {_epsilon(norm) for norm in norms} or {0.0}
+        if len(epsilons) > 1 or not all(_is_norm(norm, d) for norm in norms):
+            return None
+        return AttentionProjections(
+            [self.linears[child] for child in inputs],
+            [None if child.bias is None else child.bias.detach() for child in inputs],
+            heads,
+            d,
+            [norm.weight.detach() for norm in norms] or (None, None),
+            *epsilons,
+        )
 
-def _is_norm(child: Child, width: int | None = None) -> bool:
+
+def _is_norm(module: nn.Module, width: int | None = None) -> bool:
     """Whether a module looks like an RMS norm with a weight in float32, over `width` values if that is given."""
-    weight, name = getattr(child[-1], "weight", None), type(child[-1]).__name__
-    looks_like_one = name.endswith("RMSNorm") and not child[-1]._modules and isinstance(_epsilon(child[-1]), float)
+    weight, name = getattr(module, "weight", None), type(module).__name__
+    looks_like_one = name.endswith("RMSNorm") and not module._modules and isinstance(_epsilon(module), float)
     looks_like_one &= isinstance(weight, Tensor) and weight.dtype == torch.float32 and weight.ndim == 1
     return looks_like_one and width in (None, weight.numel())
 

@@ -5,7 +5,7 @@ Plain lists of token ids on the host, for one batch row. Chains and trees are ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # The n-grams that are looked up. The last tokens of a text match an earlier place by one of these lengths.
@@ -90,28 +90,44 @@ class NgramIndex:
         return copied
 
 
-class MatchRates:
-    """How often a match names the next token: a Beta estimate for every length and rank, learned from the text itself.
+class Rates:
+    """How often candidates of a kind are the next token: for every cell of a table a Beta estimate, the posterior mean under
+    a prior of [`PRIOR_STRENGTH`] tokens.
 
-    Every decided token says of every match that was there before it whether it was right, drafted or not: lossless
-    decoding makes the text independent of what was drafted, so nothing biases the counts. Estimate = posterior mean
-    under a prior of [`PRIOR_STRENGTH`] tokens at [`PRIOR_RATES`].
+    Every decided token says of every candidate that was there before it whether it was right, drafted or not: lossless
+    decoding makes the text independent of what was drafted, so nothing biases the counts.
+
+    Args:
+        prior: rates, by row and column.
     """
 
+    def __init__(self, prior: Sequence[Sequence[float]]):
+        self._right = [[rate * PRIOR_STRENGTH for rate in rates] for rates in prior]
+        self._seen = [[PRIOR_STRENGTH for _ in rates] for rates in prior]
+
+    def mean(self, row: int, column: int) -> float:
+        """The estimate."""
+        return self._right[row][column] / self._seen[row][column]
+
+    def count(self, row: int, column: int, right: bool) -> None:
+        """One more decided token."""
+        self._right[row][column] += right
+        self._seen[row][column] += 1
+
+
+class MatchRates(Rates):
+    """How often a match names the next token, by length and rank, learned from the text itself; at first [`PRIOR_RATES`]."""
+
     def __init__(self):
-        self._right = [[rate * PRIOR_STRENGTH for rate in rates] for rates in PRIOR_RATES]
-        self._seen = [[PRIOR_STRENGTH for _ in rates] for rates in PRIOR_RATES]
+        super().__init__(PRIOR_RATES)
 
     def probability(self, length: int, rank: int) -> float:
         """Chance that a match of `length` (any number; the longest of [`LENGTHS`] not above it counts) is right."""
-        row, column = self._cell(length, rank)
-        return self._right[row][column] / self._seen[row][column]
+        return self.mean(*self._cell(length, rank))
 
     def learn(self, match: Match, right: bool) -> None:
         """One more decided token, which `match` named or not."""
-        row, column = self._cell(match.length, match.rank)
-        self._right[row][column] += right
-        self._seen[row][column] += 1
+        self.count(*self._cell(match.length, match.rank), right)
 
     @staticmethod
     def _cell(length: int, rank: int) -> tuple[int, int]:

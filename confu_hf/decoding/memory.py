@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..tree.grafting import Chain
+from .matches import Rates
 
 # The n-grams that are remembered. Longer ones add nothing (EXPERIMENTS.md, "What was written before").
 LENGTHS = (1, 2, 3)
@@ -22,13 +23,12 @@ MAX_FOLLOWERS, MAX_CONTINUATIONS = 16, 4
 # A follower's share of what followed is told apart at these values.
 SHARE_EDGES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 # How often a continuation was the next token, by length and share, in 300 greedy answers to training prompts
-# (EXPERIMENTS.md, see above); and how many tokens that is worth against what the answers here show.
+# (EXPERIMENTS.md, see above): the prior.
 PRIOR_RATES = (
     (0.015, 0.03, 0.045, 0.09, 0.23, 0.16, 0.22, 0.27),
     (0.02, 0.025, 0.055, 0.095, 0.22, 0.29, 0.6, 0.6),
     (0.02, 0.05, 0.06, 0.13, 0.25, 0.35, 0.67, 0.88),
 )
-PRIOR_STRENGTH = 16.0
 # Paths of a smaller joint probability are not followed.
 LEAST_PROBABILITY = 0.02
 
@@ -64,17 +64,18 @@ class AnswerMemory:
 
     def __init__(self, limit: int = 0):
         self.limit = limit
-        self._answers: deque[list[int]] = deque()
+        self._answers: deque[tuple[int, list[int]]] = (
+            deque()
+        )  # how many tokens of each are its prompt's, and all of it
         self._followers: dict[tuple[int, ...], Followers] = {}
-        self._right = [[rate * PRIOR_STRENGTH for rate in rates] for rates in PRIOR_RATES]
-        self._seen = [[PRIOR_STRENGTH for _ in rates] for rates in PRIOR_RATES]
+        self._rates = Rates(PRIOR_RATES)
 
     def __reduce__(self) -> tuple[type[AnswerMemory], tuple[int]]:
         return AnswerMemory, (self.limit,)
 
     def __len__(self) -> int:
         """Tokens that are remembered."""
-        return sum(map(len, list(self._answers)))
+        return sum(len(answer) for _, answer in list(self._answers))
 
     def keep(self, limit: int) -> AnswerMemory:
         """Remember so many tokens from now on; 0 forgets all. Returns the memory itself."""
@@ -88,23 +89,21 @@ class AnswerMemory:
         begin."""
         if len(self) > self.limit:
             answers = list(self._answers)
-            while answers and sum(map(len, answers)) > self.limit // 2:
+            while answers and sum(len(answer) for _, answer in answers) > self.limit // 2:
                 answers.pop(0)
             followers: dict[tuple[int, ...], Followers] = {}
-            for answer in answers:
-                for end in range(1, len(answer)):
+            for start, answer in answers:
+                for end in range(max(1, start), len(answer)):
                     _count(followers, answer[max(0, end - LENGTHS[-1]) : end], answer[end])
             self._answers, self._followers = deque(answers), followers
         answer = list(prompt[-LENGTHS[-1] :])
-        self._answers.append(answer)
+        self._answers.append((len(answer), answer))
         return answer
 
     def append(self, answer: list[int], token: int) -> None:
         """`answer`, one that [`begin`] gave, goes on with `token`."""
         for found in self.continuations(answer):
-            row, column = _cell(found)
-            self._right[row][column] += found.token == token
-            self._seen[row][column] += 1
+            self._rates.count(*_cell(found), found.token == token)
         _count(self._followers, answer, token)
         answer.append(token)
 
@@ -120,9 +119,8 @@ class AnswerMemory:
         return list(found.values())[:MAX_CONTINUATIONS]
 
     def probability(self, continuation: Continuation) -> float:
-        """Chance that it comes next: the posterior mean under a prior of [`PRIOR_STRENGTH`] tokens at [`PRIOR_RATES`]."""
-        row, column = _cell(continuation)
-        return self._right[row][column] / self._seen[row][column]
+        """Chance that it comes next, by length and share; at first [`PRIOR_RATES`]."""
+        return self._rates.mean(*_cell(continuation))
 
     def chains(self, text: Sequence[int], length: int, count: int) -> list[Chain]:
         """The likeliest `count` nodes of what may follow, up to `length` tokens deep: a chain for each of their leaves."""
