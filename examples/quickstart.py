@@ -107,6 +107,8 @@ def main() -> None:
     args = parse_arguments()
     prompts = read_prompts(args.prompts, args.limit) if args.prompts else evenly(DEMO_PROMPTS, args.limit)
     model, tokenizer = load_target(args.target, args.dtype, args.device)
+    if not args.no_stream:
+        args.lookup_memory = 0  # an answer that was shown would be known when it is measured
     methods = load_methods(model, args)
     document: dict[str, Any] = {
         "environment": environment(model),

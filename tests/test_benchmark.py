@@ -11,6 +11,8 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
+from confu_hf.decoding.memory import AnswerMemory
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -21,8 +23,9 @@ def examples(monkeypatch):
     import _methods
     import _report
     import benchmark
+    import quickstart
 
-    return SimpleNamespace(methods=_methods, report=_report, benchmark=benchmark)
+    return SimpleNamespace(methods=_methods, report=_report, benchmark=benchmark, quickstart=quickstart)
 
 
 def result(seconds, ratio=None, accepted=None, verify=0.5):
@@ -122,6 +125,33 @@ def test_a_run_measures_all_and_goes_on_where_it_stopped(examples, tmp_path, mon
     assert figures["settings"]["max_new_tokens"] == 6 and figures["environment"]["torch"]
     assert "| lookup-tree | 2/2 |" in (tmp_path / "table.md").read_text()
     assert "| lookup-tree | 2/2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["benchmark", "quickstart", "quickstart --no-stream"])
+def test_no_assistant_remembers_the_answer_that_is_measured(
+    examples, script, tokenizer, tmp_path, monkeypatch, capsys
+):
+    """Warming up and showing an answer come before it is timed: what they wrote is known to nobody then."""
+    target, asked = tiny_llama(), []
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'][:20] }}{% endfor %}"
+    begin = AnswerMemory.begin
+
+    def noted(memory, prompt):
+        asked.append((tuple(prompt), [answer[start:] for start, answer in memory._answers]))
+        return begin(memory, prompt)
+
+    monkeypatch.setattr(AnswerMemory, "begin", noted)
+    module = getattr(examples, script.split()[0])
+    monkeypatch.setattr(module, "load_target", lambda *args: (target, tokenizer))
+    where = (
+        ["--output", str(tmp_path), "--no-plots"] if script == "benchmark" else ["--json", str(tmp_path / "out.json")]
+    )
+    words = ["--methods", "plain", "lookup-tree", "--limit", "3", "--max-new-tokens", "6"]
+    monkeypatch.setattr(sys, "argv", [*script.split(), *words, *where])
+    module.main()
+    prompts = [prompt for prompt, _ in asked]
+    assert len(set(prompts)) == len(prompts), "no question is asked twice of an assistant that remembers"
+    assert len(asked) == (0 if script == "quickstart" else 3)
 
 
 def test_plots_are_drawn(examples, tmp_path):
