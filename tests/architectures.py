@@ -113,7 +113,8 @@ ARCHITECTURES = [
         "sparse attention by an index",
         {**_MLA, **_ROUTED},
         ("head_dim",),
-        refusal="layers with recurrent or unsupported state \\(indexed_attention\\)",
+        # its name before Transformers 5.24, and since
+        refusal="layers with recurrent or unsupported state \\((deepseek_sparse|indexed)_attention\\)",
     ),
     Architecture(
         "LongCat-Flash",
