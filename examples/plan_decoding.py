@@ -10,9 +10,11 @@ of 8B are assumed. What is assumed beside:
 
 - the share of a data sheet's bandwidth and peak that kernels reach, and that no pass waits for the host (CUDA graphs);
 - that a target on several devices is as much faster as they are many, without traffic between them;
-- that the loop adds the share of a round that was measured on a CPU (EXPERIMENTS.md, "Everything at once").
+- that the loop adds a tenth of a round, as measured on a CPU (figures.md: milliseconds a round, compiled layers), where a
+  round is short; the longer the target's pass, the smaller this share.
 
-No GPU has timed `generate` here yet: give what you measure there.
+No GPU has timed `generate` here yet: give what you measure there. Bare passes of the 8B shape without graphs took 22 to 27 ms
+on an H100, whatever their rows (EXPERIMENTS.md, "A quarter of an hour of one GPU"): there the host is what they wait for.
 """
 
 from __future__ import annotations
@@ -51,11 +53,11 @@ SMOLLM2 = Shape("135M (SmolLM2's shape)", 576, 30, 9, 3, 64, 1536, 49152)
 MACHINES = {
     # Data sheet (3350 GB/s, 989 TFLOP/s in bfloat16) times assumed shares.
     "h100": Machine("H100, bfloat16", 0.8 * 3350 * GIGA, 0.5 * 989e12, 80 * GIGA, 2),
-    # What passes of SmolLM2-135M took after `compile()`: 42 ms with one row, 128 with 32 (EXPERIMENTS.md, "Verify passes").
+    # What passes of SmolLM2-135M took after `compile()`: 19 ms with one row, 29 with 24 (EXPERIMENTS.md, "Layers in C++").
     "cpu": Machine(
-        "one thread of an EPYC, float32",
-        4 * read_by_a_pass(SMOLLM2) / 0.042,
-        64 * read_by_a_pass(SMOLLM2) / 0.128,
+        "two cores of an EPYC with AVX-512, float32",
+        4 * read_by_a_pass(SMOLLM2) / 0.019,
+        2 * 24 * read_by_a_pass(SMOLLM2) / 0.029,
         math.inf,
         4,
     ),
@@ -139,7 +141,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=10, help="rows of a draft step")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--draft_vocab", type=int, default=32000)
-    parser.add_argument("--overhead", type=float, default=0.04, help="share of a round beside draft and target")
+    parser.add_argument("--overhead", type=float, default=0.1, help="share of a round beside draft and target")
     return parser.parse_args(arguments)
 
 
