@@ -10,8 +10,8 @@ of 8B are assumed. What is assumed beside:
 
 - the share of a data sheet's bandwidth and peak that kernels reach, and that no pass waits for the host (CUDA graphs);
 - that a target on several devices is as much faster as they are many, without traffic between them;
-- that the loop adds a tenth of a round, as measured on a CPU (figures.md: milliseconds a round, compiled layers), where a
-  round is short; the longer the target's pass, the smaller this share.
+- that the loop adds a tenth of a round, as measured on a CPU (figures.md: milliseconds a round, compiled layers)
+  of the 135M model; no larger target was timed.
 
 No GPU has timed `generate` here yet: give what you measure there. Bare passes of the 8B shape without graphs took 22 to 27 ms
 on an H100, whatever their rows (EXPERIMENTS.md, "A quarter of an hour of one GPU"): there the host is what they wait for.
