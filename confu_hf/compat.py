@@ -196,12 +196,18 @@ def forget_adapters(model: PreTrainedModel) -> None:
         model._hf_peft_config_loaded = False
 
 
+def captures_outputs(hook: Any) -> bool:
+    """Whether a forward hook is one that Transformers leaves behind when hidden states were asked for. It changes nothing,
+    and of an attention it keeps weights, which only the eager one has."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
 def forget_output_capturing(model: nn.Module) -> None:
     """Take off the hooks that Transformers leaves behind when hidden states were asked for: closures, which cannot be
     pickled. It puts them on again when it needs them."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+            if captures_outputs(hook):
                 for hooks in (
                     module._forward_hooks,
                     module._forward_hooks_with_kwargs,

@@ -13,7 +13,8 @@ from transformers import AttentionInterface
 
 from confu_hf.acceleration.attention import grouped_queries
 from confu_hf.acceleration.packing import PackedLinears
-from confu_hf.acceleration.products import build_products
+from confu_hf.acceleration.products import GatedWeights, build_products
+from confu_hf.adapter.low_rank import GatedProduct
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,14 @@ def test_every_architecture_computes_the_same(name, rows, products):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("llama", {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}),
-        ("qwen2", {"Qwen2RMSNorm", "Qwen2MLP", "Qwen2Attention"}),
-        ("mistral", {"MistralRMSNorm", "MistralMLP", "MistralAttention"}),
-        ("qwen3", {"Qwen3RMSNorm", "Qwen3MLP", "Qwen3Attention"}),  # norms of queries and keys stand between
+        ("llama", {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention", "LlamaDecoderLayer"}),
+        ("qwen2", {"Qwen2RMSNorm", "Qwen2MLP", "Qwen2Attention", "Qwen2DecoderLayer"}),
+        ("mistral", {"MistralRMSNorm", "MistralMLP", "MistralAttention", "MistralDecoderLayer"}),
+        (
+            "qwen3",
+            {"Qwen3RMSNorm", "Qwen3MLP", "Qwen3Attention", "Qwen3DecoderLayer"},
+        ),  # norms of queries and keys stand between
+        ("granite", {"GraniteRMSNorm", "GraniteMLP", "GraniteAttention"}),  # its layers multiply what they add
         ("gemma2", set()),  # norms by 1 + weight, another activation, soft-capped attention
     ],
 )
@@ -65,7 +70,7 @@ def test_parts_are_known_by_what_they_compute(name, expected, products):
 def test_rounded_weights_are_no_other_formula(products):
     model = tiny_llama(dtype=torch.float32)
     packed, ids = PackedLinears(model, products=products, dtype=torch.bfloat16), torch.arange(9)[None]
-    assert kinds(packed) == {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}
+    assert kinds(packed) == {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention", "LlamaDecoderLayer"}
     with torch.no_grad(), grouped_queries(model):
         expected = model(ids).logits
         with packed.active():
@@ -81,14 +86,14 @@ def test_what_computes_otherwise_is_left_alone(products):
     fused = PackedLinears(model, products=products).fused
     left = {name for name, module in model.named_modules() if module not in fused}
     assert {"model.layers.0.mlp", "model.layers.1.input_layernorm", "model.layers.2.self_attn"} <= left
-    assert model.model.layers[3].mlp in fused
+    assert {"model.layers.0", "model.layers.1", "model.layers.2"} <= left and model.model.layers[3] in fused
 
 
 @pytest.mark.parametrize(
     ("plain_shapes", "computed"),
     [
-        ("none", {"norm", "mlp", "attention"}),
-        ("keys", {"norm", "mlp", "attention"}),  # a small part of its weights
+        ("none", {"norm", "attention", "layer"}),
+        ("keys", {"norm", "attention", "layer"}),  # a small part of its weights
         ("mlp", {"norm", "attention"}),
         ("all", set()),  # to the bit as in plain decoding
     ],
@@ -105,7 +110,8 @@ def test_single_rows_stay_plain_where_most_weights_do(plain_shapes, computed, pr
     }
     assert plain_shapes in ("all", "none") or tuple(layer.self_attn.q_proj.weight.shape) not in plain
     monkeypatch.setattr(PackedLinears, "_cheapest_way", lambda self, shape, rows: 0 if shape in plain else rows)
-    for name, kind in (("rms_norm", "norm"), ("gated_mlp", "mlp"), ("attention_inputs", "attention")):
+    named = {"rms_norm": "norm", "gated_mlp": "mlp", "attention_inputs": "attention", "layer_end": "layer"}
+    for name, kind in named.items():
         own = getattr(type(products), name)
         monkeypatch.setattr(type(products), name, lambda *given, own=own, kind=kind: (seen.add(kind), own(*given))[1])
     packed = PackedLinears(model, products=products)
@@ -125,22 +131,23 @@ def test_silu_over_the_whole_range(products):
     rows[0] = values.nan_to_num(0.0, 3e38)
     identity, first = products.pack(eye), products.pack(ones)
     rows[0, 0] = 1.0  # what `up` gives everywhere
-    got = products.gated_mlp(rows, identity, first, identity, width)
+    got = products.gated_mlp(rows, GatedWeights(identity, first, identity, width))
     torch.testing.assert_close(got, F.silu(rows), rtol=3e-7, atol=1e-36)
-    assert products.gated_mlp(values[None, -5:].contiguous(), *[products.pack(torch.eye(5))] * 3, 5)[0, -1].isnan()
+    small = GatedWeights(*[products.pack(torch.eye(5))] * 3, 5)
+    assert products.gated_mlp(values[None, -5:].contiguous(), small)[0, -1].isnan()
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("inside", [["self_attn.k_proj", "mlp.up_proj"], ["input_layernorm"], ["self_attn", "mlp"]])
 @torch.no_grad()
-def test_hooks_on_what_is_inside_are_heard(hook, products):
+def test_hooks_on_what_is_inside_are_heard(inside, hook, products):
     model = tiny_llama(dtype=torch.float32)
     packed, heard = PackedLinears(model, products=products), []
-    layer = model.model.layers[2]
-    for child in (layer.mlp.up_proj, layer.self_attn.k_proj):
-        getattr(child, hook)(lambda module, *_: heard.append(module))
+    for name in inside:
+        getattr(model.model.layers[2].get_submodule(name), hook)(lambda *_, name=name: heard.append(name))
     with grouped_queries(model), packed.active():
         model(PROMPT)
-    assert heard == [layer.self_attn.k_proj, layer.mlp.up_proj]
+    assert heard == inside
 
 
 @torch.no_grad()
@@ -150,6 +157,9 @@ def test_a_layer_that_takes_the_place_of_another_is_asked(products):
     mlp.gate_proj = nn.Sequential(mlp.gate_proj, nn.Dropout(1.0).train())  # nothing passes
     with grouped_queries(model), packed.active():
         assert not mlp(torch.randn(1, 4, mlp.up_proj.in_features)).any()
+        model.model.layers[2].post_attention_layernorm = nn.Identity()
+        got = model(PROMPT).logits
+    torch.testing.assert_close(got, model(PROMPT).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("argument", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"scaling": 0.123}])
@@ -203,19 +213,74 @@ def test_the_same_text_in_batches_and_with_contemplation(name):
         assistant.detach()
 
 
+GATED = ["llama", "qwen2", "qwen3", "granite", "gemma2"]  # whole layers, heads with biases or norms, parts, nothing
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(("rank", "rows"), [(2, 3), (16, 1), (19, None)])
 @torch.no_grad()
-def test_a_gated_lora_is_heard(products):
-    """Its hooks lie on projections: contemplating passes go through them one by one."""
+def test_a_gated_lora_is_computed_in_the_same_calls(name, rank, rows, products, monkeypatch):
+    model = ARCHITECTURES[name](dtype=torch.float32)
+    low_rank = make_assistant(model, lora_rank=rank).contemplator(model).low_rank
+    packed, hooked = PackedLinears(model, products=products), set()
+    ids, own = torch.stack([PROMPT[0], PROMPT[0].flip(0)]), GatedProduct.__call__
+    monkeypatch.setattr(GatedProduct, "__call__", lambda self, *given: (hooked.add(given[0]), own(self, *given))[1])
+    with grouped_queries(model):
+        with low_rank.acting(rows):
+            expected = model(ids).logits
+        hooked.clear()
+        with packed.active():
+            without = model(ids).logits
+            with low_rank.acting(rows):
+                got = model(ids).logits
+    changed = 0 if rows is None else ids.shape[1] - rows
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[:, :changed], without[:, :changed], rtol=1e-4, atol=1e-4)
+    assert ((got - without)[:, changed:].abs().amax((1, 2)) > 0.01).all()
+    layer = model.model.layers[1]
+    alone = {"gemma2": {*layer.self_attn.children(), *layer.mlp.children()}, "granite": {layer.self_attn.o_proj}}
+    assert {module for module in hooked if module in set(layer.modules())} >= alone.get(name, set()) - {
+        layer.mlp.act_fn
+    }
+    assert hooked if name in alone else not hooked
+
+
+@torch.no_grad()
+def test_a_gated_lora_of_another_thread_is_not(products):
+    """Its hooks are on the target that both use; this thread's pass has other rows."""
     model = tiny_llama(dtype=torch.float32)
     low_rank = make_assistant(model, lora_rank=2).contemplator(model).low_rank
     packed = PackedLinears(model, products=products)
-    with grouped_queries(model):
+    with grouped_queries(model), packed.active():
+        expected = model(PROMPT).logits
         with low_rank.acting(3):
-            expected = model(PROMPT).logits
-        with packed.active():
-            without = model(PROMPT).logits
-            with low_rank.acting(3):
-                got = model(PROMPT).logits
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got[:, :-3], without[:, :-3], rtol=1e-4, atol=1e-4)
-    assert (got - without)[:, -3:].abs().max() > 0.01
+            low_rank.thread = -1
+            assert torch.equal(model(PROMPT).logits, expected)
+
+
+@pytest.mark.parametrize("size", [4, 4096, 2**16 - 4, 2**16 + 4, 200_004])
+@torch.no_grad()
+def test_a_checksum_knows_every_word_and_its_place(size, products):
+    weight = torch.randn(size // 4)
+    known = products.checksum(weight)
+    for place in {0, size // 8, size // 4 - 1}:
+        changed = weight.clone()
+        changed[place] += 1e-3
+        assert not torch.equal(products.checksum(changed), known)
+        changed[place] = weight[place]
+        assert torch.equal(products.checksum(changed), known)
+    assert size == 4 or not torch.equal(products.checksum(weight.flip(0)), known)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(2, threads))
+    again = products.checksum(weight)
+    torch.set_num_threads(threads)
+    assert torch.equal(again, known)
+
+
+@torch.no_grad()
+def test_a_changed_weight_is_seen(products):
+    model = tiny_llama(dtype=torch.float32)
+    packed = PackedLinears(model, products=products)
+    assert not packed.is_stale()
+    model.model.layers[3].mlp.up_proj.weight.data[5, 7] += 1e-3  # neither address nor version
+    assert not packed.is_marked() and packed.is_stale()

@@ -78,8 +78,8 @@ def test_contemplate_tokens_compute_as_with_merged_weights(architecture):
     with torch.no_grad():
         got = contemplator(target).anchors(contemplator(target).context(cache), features, positions)
         merged = copy.deepcopy(target)
-        for module, down, up in merged.confu.low_rank(merged).parts:
-            module.weight.add_(1.5 * up @ down)
+        for module, product in merged.confu.low_rank(merged).parts:
+            module.weight.add_(1.5 * product.up @ product.down)
         who = contemplator(merged)
         who.low_rank = None
         expected = who.anchors(who.context(cache), features, positions)

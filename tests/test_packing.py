@@ -259,7 +259,9 @@ def test_weights_are_looked_at_when_a_pass_has_several_rows(monkeypatch, way):
     monkeypatch.setattr(PackedLinears, "_cheapest_way", lambda self, shape, rows: rows * way)
     target, looked_at = tiny_llama(dtype=torch.float32), []
     real = packing._checksum
-    monkeypatch.setattr(packing, "_checksum", lambda weight: looked_at.append(weight.shape) or real(weight))
+    monkeypatch.setattr(
+        packing, "_checksum", lambda weight, *more: looked_at.append(weight.shape) or real(weight, *more)
+    )
     oracle, prompt = make_oracle(target), torch.arange(3, 14)[None]
     arguments = {"max_new_tokens": 12, "do_sample": False, "policy": "fixed", "contemplate": False, "lookup": False}
 

@@ -5,6 +5,8 @@
 // once, from front to back. The sums of up to ROWS rows stay in registers meanwhile, so eight rows read what one reads.
 // More rows are several such blocks, of like size, one after the other over a chunk of a panel: while they compute, each
 // fetches its share of the next chunk, so that memory is read all the time, not by the first block alone.
+//
+// A product may be one that a gated LoRA adds to, for some of the rows: see Gate.
 
 #include <omp.h>
 
@@ -12,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #ifdef __AVX512F__
 constexpr int LANES = 16, ROWS = 8;  // 24 of 32 registers hold sums
@@ -75,6 +78,58 @@ static inline void block(const Chunk<W>& chunk, const float* x, float* y, int64_
     for (int r = 0; r < R; r++) std::memcpy(y + r * chunk.n, sums[r], chunk.columns * sizeof(float));
 }
 
+// What a gated LoRA adds to a product: y += scale up (down x). `down` has `rank` lines of k values, `up` n lines of `rank`.
+struct LowRank {
+    const float *down, *up;
+    int64_t down_stride, up_stride, rank;
+    float scale;
+};
+
+// To which rows: of every `length` rows those from `first` on.
+struct Gate {
+    int64_t length, first;
+    bool operator()(int64_t row) const { return row % length >= first; }
+};
+
+static float dot(const float* x, const float* y, int64_t count) {
+    vector sums{};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) sums += *(const vector*)(x + i) * *(const vector*)(y + i);
+    float parts[LANES];
+    std::memcpy(parts, &sums, sizeof parts);
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) parts[lane] += parts[lane + half];
+    for (; i < count; i++) parts[0] += x[i] * y[i];
+    return parts[0];
+}
+
+// A product's low-rank part, if it has one: `lower` by all threads and a barrier, then `raise` panel by panel.
+struct Low {
+    const LowRank* more;
+    Gate gate;
+    std::vector<float> said;  // (m, rank): scale (down x)
+
+    Low(const LowRank* more, Gate gate, int64_t m) : more(more), gate(gate), said(more ? m * more->rank : 0) {}
+
+    void lower(const float* x, int64_t m, int64_t k) {
+        if (!more) return;
+#pragma omp for schedule(static) nowait
+        for (int64_t j = 0; j < more->rank; j++)
+            for (int64_t row = 0; row < m; row++)
+                if (gate(row))
+                    said[row * more->rank + j] = more->scale * dot(x + row * k, more->down + j * more->down_stride, k);
+    }
+
+    void raise(float* y, int64_t m, int64_t n, int64_t first, int64_t columns) const {
+        if (!more) return;
+        for (int64_t i = first; i < first + columns; i++)
+            for (int64_t row = 0; row < m; row++)
+                if (gate(row))
+                    y[row * n + i] += dot(more->up + i * more->up_stride, &said[row * more->rank], more->rank);
+    }
+};
+
 template <int R, typename W>
 static void up_to(int64_t rows, const Chunk<W>& chunk, const float* x, float* y, int64_t number) {
     if (rows >= R) return block<R>(chunk, x, y, number);
@@ -83,7 +138,7 @@ static void up_to(int64_t rows, const Chunk<W>& chunk, const float* x, float* y,
 
 // The panels of one thread of those that share a product.
 template <typename W>
-static void multiply(const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n) {
+static void multiply(const float* x, const W* w, float* y, int64_t m, int64_t k, int64_t n, const Low& low) {
     const int64_t panels = (n + PANEL - 1) / PANEL, blocks = (m + ROWS - 1) / ROWS;
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t chunks = blocks <= 1 ? 1 : (k + CHUNK - 1) / CHUNK, lines = (k + chunks - 1) / chunks;
@@ -97,12 +152,15 @@ static void multiply(const float* x, const W* w, float* y, int64_t m, int64_t k,
                 row += rows;
             }
         }
+        low.raise(y, m, n, first, columns);
     }
 }
 
 // `wide`: w is float32, else bfloat16.
-static void multiply(const float* x, const void* w, bool wide, float* y, int64_t m, int64_t k, int64_t n) {
-    wide ? multiply(x, (const float*)w, y, m, k, n) : multiply(x, (const uint16_t*)w, y, m, k, n);
+static void multiply(
+    const float* x, const void* w, bool wide, float* y, int64_t m, int64_t k, int64_t n, const Low& low
+) {
+    wide ? multiply(x, (const float*)w, y, m, k, n, low) : multiply(x, (const uint16_t*)w, y, m, k, n, low);
 }
 
 // e to the power of each lane: 2^n times a polynomial, within two units in the last place; 0 below -87.
@@ -144,61 +202,128 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t d) {
     }
 }
 
-// y = x / root mean square of x * weight, row by row.
+// y = x / root mean square of x * weight, one row.
+static void norm_row(const float* x, const float* weight, float* y, int64_t k, float epsilon) {
+    const float scale = 1 / std::sqrt(dot(x, x, k) / k + epsilon);
+    for (int64_t i = 0; i < k; i++) y[i] = weight[i] * (x[i] * scale);
+}
+
 extern "C" void rms_norm(const float* x, const float* weight, float* y, int64_t m, int64_t k, float epsilon) {
-    for (int64_t row = 0; row < m; row++, x += k, y += k) {
-        vector squares{};
-        int64_t i = 0;
-        for (; i + LANES <= k; i += LANES) {
-            const vector values = *(const vector*)(x + i);
-            squares += values * values;
-        }
-        float sum = 0;
-        for (int lane = 0; lane < LANES; lane++) sum += squares[lane];
-        for (; i < k; i++) sum += x[i] * x[i];
-        const float scale = 1 / std::sqrt(sum / k + epsilon);
-        for (i = 0; i < k; i++) y[i] = weight[i] * (x[i] * scale);
-    }
+    for (int64_t row = 0; row < m; row++) norm_row(x + row * k, weight, y + row * k, k, epsilon);
 }
 
 extern "C" int64_t panel_columns() { return PANEL; }
 
+// `more` of this and the following: of each product in turn, or null.
 extern "C" void product(
-    const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, bool wide, int64_t threads
+    const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, bool wide, const LowRank* const* more,
+    Gate gate, int64_t threads
 ) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    multiply(x, w, wide, y, m, k, n);
-}
-
-// y = (silu(x gate) * (x up)) down; `hidden` is room for 2 m times `inner` values.
-extern "C" void gated_mlp(
-    const float* x, const void* gate, const void* up, const void* down, float* hidden, float* y, int64_t m, int64_t k,
-    int64_t inner, int64_t n, bool wide, int64_t threads
-) {
-    float* other = hidden + m * inner;
+    Low low(*more, gate, m);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        multiply(x, gate, wide, hidden, m, k, inner);
-        multiply(x, up, wide, other, m, k, inner);
+        if (low.more) {
+            low.lower(x, m, k);
+#pragma omp barrier
+        }
+        multiply(x, w, wide, y, m, k, n, low);
+    }
+}
+
+// A gated MLP: y = (silu(x gate) * (x up)) down, by all threads of a team. `hidden` is room for 2 m times `inner` values.
+struct GatedMLP {
+    const void *gate, *up, *down;
+    bool wide;
+    int64_t k, inner;
+    Low low_gate, low_up, low_down;
+
+    GatedMLP(const void* const* weights, bool wide, int64_t k, int64_t inner, const LowRank* const* more, Gate rows, int64_t m)
+        : gate(weights[0]), up(weights[1]), down(weights[2]), wide(wide), k(k), inner(inner), low_gate(more[0], rows, m),
+          low_up(more[1], rows, m), low_down(more[2], rows, m) {}
+
+    void operator()(const float* x, float* hidden, float* y, int64_t m) {
+        float* other = hidden + m * inner;
+        if (low_gate.more || low_up.more) {
+            low_gate.lower(x, m, k);
+            low_up.lower(x, m, k);
+#pragma omp barrier
+        }
+        multiply(x, gate, wide, hidden, m, k, inner, low_gate);
+        multiply(x, up, wide, other, m, k, inner, low_up);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) gate_with(hidden + row * inner, other + row * inner, inner);
-        multiply(hidden, down, wide, y, m, inner, n);
+        if (low_down.more) {
+            low_down.lower(hidden, m, inner);
+#pragma omp barrier
+        }
+        multiply(hidden, down, wide, y, m, inner, k, low_down);
+    }
+};
+
+extern "C" void gated_mlp(
+    const float* x, const void* const* weights, float* hidden, float* y, int64_t m, int64_t k, int64_t inner, bool wide,
+    const LowRank* const* more, Gate gate, int64_t threads
+) {
+    GatedMLP mlp(weights, wide, k, inner, more, gate, m);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    mlp(x, hidden, y, m);
+}
+
+// The second half of a layer: h = x + attended o, y = h + mlp(norm(h)). `attended` is (m, a); `room` is for 2 m (k + inner)
+// values.
+extern "C" void layer_end(
+    const float* attended, const float* x, const void* o, const float* norm, const void* const* weights, float* room,
+    float* y, int64_t m, int64_t a, int64_t k, int64_t inner, float epsilon, bool wide, const LowRank* const* more,
+    Gate gate, int64_t threads
+) {
+    Low low(more[0], gate, m);
+    GatedMLP mlp(weights, wide, k, inner, more + 1, gate, m);
+    float *h = room, *normed = h + m * k, *hidden = normed + m * k;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (low.more) {
+            low.lower(attended, m, a);
+#pragma omp barrier
+        }
+        multiply(attended, o, wide, h, m, a, k, low);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < m; row++) {
+            for (int64_t i = row * k; i < (row + 1) * k; i++) h[i] += x[i];
+            norm_row(h + row * k, norm, normed + row * k, k, epsilon);
+        }
+        mlp(normed, hidden, y, m);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < m * k; i++) y[i] += h[i];
     }
 }
 
 // Queries, keys and values of m rows, `heads[0]`, `heads[1]` and `heads[2]` heads of width d, one behind the other in y;
 // heads of queries and keys normed, then rotated. Each of `biases` and `norms` may be null; cos and sin are (positions, d),
-// row r is at position r % positions.
+// row r is at position r % positions. With a `norm`, rows are normed first; `normed` is room for them.
 extern "C" void attention_inputs(
-    const float* x, const void* const* weights, const float* const* biases, const float* const* norms,
-    const int64_t* heads, const float* cos, const float* sin, float* y, int64_t m, int64_t k, int64_t d,
-    int64_t positions, float epsilon, bool wide, int64_t threads
+    const float* x, const float* norm, float* normed, const void* const* weights, const float* const* biases,
+    const float* const* norms, const int64_t* heads, const float* cos, const float* sin, float* y, int64_t m, int64_t k,
+    int64_t d, int64_t positions, float norm_epsilon, float epsilon, bool wide, const LowRank* const* more, Gate gate,
+    int64_t threads
 ) {
     float* parts[3] = {y, y + m * heads[0] * d, y + m * (heads[0] + heads[1]) * d};
+    Low low[3] = {{more[0], gate, m}, {more[1], gate, m}, {more[2], gate, m}};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        for (int part = 0; part < 3; part++) multiply(x, weights[part], wide, parts[part], m, k, heads[part] * d);
+        const float* rows = norm ? normed : x;
+        if (norm) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < m; row++) norm_row(x + row * k, norm, normed + row * k, k, norm_epsilon);
+        }
+        if (low[0].more || low[1].more || low[2].more) {
+            for (int part = 0; part < 3; part++) low[part].lower(rows, m, k);
+#pragma omp barrier
+        }
+        for (int part = 0; part < 3; part++)
+            multiply(rows, weights[part], wide, parts[part], m, k, heads[part] * d, low[part]);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) {
@@ -213,5 +338,29 @@ extern "C" void attention_inputs(
                         rotate(states + head * d, cos + position, sin + position, d);
             }
         }
+    }
+}
+
+// One number for every BLOCK words: changing one word changes it, and so does exchanging words, but for one case in 2^32.
+constexpr int64_t BLOCK = 1 << 14;
+extern "C" int64_t checksum_block() { return BLOCK; }
+extern "C" void checksum(const uint32_t* x, uint32_t* sums, int64_t count, int64_t threads) {
+    constexpr int WAYS = 4;
+    const words factor = words{} + 0x9E3779B1u;  // odd: no multiple of a change vanishes
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t block = 0; block < (count + BLOCK - 1) / BLOCK; block++) {
+        const uint32_t *at = x + block * BLOCK, *end = x + std::min(count, (block + 1) * BLOCK);
+        words found[WAYS] = {};
+        for (; at + WAYS * LANES <= end; at += WAYS * LANES)
+            for (int way = 0; way < WAYS; way++) {
+                words read;
+                std::memcpy(&read, at + way * LANES, sizeof read);
+                found[way] = found[way] * factor + read;
+            }
+        uint32_t sum = 0;
+        for (int way = 0; way < WAYS; way++)
+            for (int lane = 0; lane < LANES; lane++) sum = sum * 0x85EBCA77u + found[way][lane];
+        for (; at < end; at++) sum = sum * 0x85EBCA77u + *at;
+        sums[block] = sum;
     }
 }

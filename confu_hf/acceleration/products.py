@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +38,61 @@ FLAGS = {
 COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 
 
+class _LowRank(ctypes.Structure):
+    _fields_ = [
+        ("down", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down_stride", ctypes.c_int64),
+        ("up_stride", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Gate(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_int64), ("first", ctypes.c_int64)]
+
+
+class LowRankPart:
+    """What a gated LoRA adds to the product of one weight: `scale up (down x)`.
+
+    Args:
+        down: `(r, k)`. up: `(n, r)`. Float32, values of a line side by side.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float):
+        self._kept = (down, up)  # they must outlive the pointers
+        sizes = (down.stride(0), up.stride(0), len(down), scale)
+        self._struct = _LowRank(down.data_ptr(), up.data_ptr(), *sizes)
+        self.address = ctypes.addressof(self._struct)
+
+
+class Gated(NamedTuple):
+    """The parts of a call's products in their order, None where there is none; and the rows that get them: of every
+    `length` rows those from `first` on."""
+
+    parts: Sequence[LowRankPart | None]
+    length: int
+    first: int
+
+
+def _low(count: int, gated: Gated | None) -> tuple[ctypes.Array, _Gate]:
+    """As arguments of `count` products."""
+    if gated is None:
+        return _NOTHING[count], _EVERY_ROW
+    addresses = (None if part is None else part.address for part in gated.parts)
+    return (ctypes.c_void_p * count)(*addresses), _Gate(gated.length, gated.first)
+
+
+_NOTHING, _EVERY_ROW = {count: (ctypes.c_void_p * count)() for count in (1, 3, 4)}, _Gate(1, 0)
+
+
 @dataclass(frozen=True)
 class Products:
-    """The loaded library. `path` is where it lies, `seconds` what building it took: 0 if it was there already."""
+    """The loaded library. `path` is where it lies, `seconds` what building it took: 0 if it was there already.
+
+    `gated`, where it is an argument: what a gated LoRA adds; None = nothing.
+    """
 
     path: Path
     seconds: float = field(compare=False)
@@ -47,16 +100,21 @@ class Products:
     @cached_property
     def _library(self) -> ctypes.CDLL:
         library = ctypes.CDLL(str(self.path))
-        library.panel_columns.restype = ctypes.c_int64
-        pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
+        pointer, number, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool, ctypes.c_float
+        low = [pointer, _Gate]
         arguments = {
-            "product": [pointer] * 3 + [number] * 3 + [flag, number],
-            "rms_norm": [pointer] * 3 + [number] * 2 + [ctypes.c_float],
-            "gated_mlp": [pointer] * 6 + [number] * 4 + [flag, number],
-            "attention_inputs": [pointer] * 8 + [number] * 4 + [ctypes.c_float, flag, number],
+            "panel_columns": [],
+            "checksum_block": [],
+            "product": [pointer] * 3 + [number] * 3 + [flag, *low, number],
+            "rms_norm": [pointer] * 3 + [number] * 2 + [real],
+            "gated_mlp": [pointer] * 4 + [number] * 3 + [flag, *low, number],
+            "layer_end": [pointer] * 7 + [number] * 4 + [real, flag, *low, number],
+            "attention_inputs": [pointer] * 10 + [number] * 4 + [real, real, flag, *low, number],
+            "checksum": [pointer] * 2 + [number] * 2,
         }
         for name, types in arguments.items():
-            getattr(library, name).argtypes, getattr(library, name).restype = types, None
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None if types else number
         return library
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -65,7 +123,7 @@ class Products:
         filled = F.pad(weight, (0, 0, 0, -weight.shape[0] % columns))
         return filled.unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
 
-    def __call__(self, input: Tensor, panels: Tensor, features: int) -> Tensor:
+    def __call__(self, input: Tensor, panels: Tensor, features: int, gated: Gated | None = None) -> Tensor:
         """`(..., k)` float32 times a packed weight -> `(..., features)`."""
         input = input.contiguous()
         width = input.shape[-1]
@@ -73,7 +131,7 @@ class Products:
         rows = input.numel() // width
         pointers = (input.data_ptr(), panels.data_ptr(), output.data_ptr())
         wide = panels.dtype == torch.float32
-        self._library.product(*pointers, rows, width, features, wide, torch.get_num_threads())
+        self._library.product(*pointers, rows, width, features, wide, *_low(1, gated), torch.get_num_threads())
         return output
 
     def rms_norm(self, input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -83,33 +141,94 @@ class Products:
         self._library.rms_norm(*pointers, input.numel() // width, width, epsilon)
         return output
 
-    def gated_mlp(self, input: Tensor, gate: Tensor, up: Tensor, down: Tensor, inner: int) -> Tensor:
-        """`(silu(input gate) * (input up)) down`: `(..., k)` float32 -> the same shape; packed weights of one dtype."""
+    def gated_mlp(self, input: Tensor, weights: GatedWeights, gated: Gated | None = None) -> Tensor:
+        """`(silu(input gate) * (input up)) down`: `(..., k)` float32 -> the same shape."""
         width = input.shape[-1]
         rows = input.numel() // width
-        output, hidden = torch.empty_like(input), input.new_empty(2, rows, inner)
-        weights = (gate.data_ptr(), up.data_ptr(), down.data_ptr())
-        pointers = (input.data_ptr(), *weights, hidden.data_ptr(), output.data_ptr())
-        wide = gate.dtype == torch.float32
-        self._library.gated_mlp(*pointers, rows, width, inner, width, wide, torch.get_num_threads())
+        output, hidden = torch.empty_like(input), input.new_empty(2, rows, weights.inner)
+        pointers = (input.data_ptr(), weights.pointers, hidden.data_ptr(), output.data_ptr())
+        how = (weights.wide, *_low(3, gated), torch.get_num_threads())
+        self._library.gated_mlp(*pointers, rows, width, weights.inner, *how)
+        return output
+
+    def layer_end(
+        self,
+        attended: Tensor,
+        residual: Tensor,
+        output_panels: Tensor,
+        norm: Norm,
+        weights: GatedWeights,
+        gated: Gated | None = None,
+    ) -> Tensor:
+        """What follows attention in a layer: `h = residual + attended output`, then `h + mlp(norm(h))`.
+
+        Args:
+            attended: `(..., a)` float32. residual: `(..., k)`, the layer's input. output_panels: packed `(k, a)`.
+            norm: of the MLP's inputs. weights: of the MLP.
+            gated: of `output` and of the MLP's three.
+        """
+        width = residual.shape[-1]
+        rows = residual.numel() // width
+        output, room = torch.empty_like(residual), residual.new_empty(2 * rows * (width + weights.inner))
+        inputs = (attended.data_ptr(), residual.data_ptr(), output_panels.data_ptr(), norm.weight.data_ptr())
+        pointers = (*inputs, weights.pointers, room.data_ptr(), output.data_ptr())
+        sizes = (rows, attended.shape[-1], width, weights.inner)
+        how = (norm.epsilon, weights.wide, *_low(4, gated), torch.get_num_threads())
+        self._library.layer_end(*pointers, *sizes, *how)
         return output
 
     def attention_inputs(
-        self, input: Tensor, projections: AttentionProjections, cos: Tensor, sin: Tensor
+        self,
+        input: Tensor,
+        projections: AttentionProjections,
+        cos: Tensor,
+        sin: Tensor,
+        norm: Norm | None = None,
+        gated: Gated | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of `(B, Q, k)` float32, each `(B, its heads, Q, d)`; heads of queries and keys normed, if
-        they are, and rotated, the first half of a head with the second, by `cos` and `sin` `(1 or B, Q, d)`."""
+        they are, and rotated, the first half of a head with the second, by `cos` and `sin` `(1 or B, Q, d)`.
+
+        Args:
+            norm: of the inputs; None = they are normed already.
+        """
         (batch, length, width), heads, d = input.shape, projections.heads, projections.head_dim
         rows = batch * length
         output = input.new_empty(rows * sum(heads) * d)
-        pointers = (*projections.pointers, cos.data_ptr(), sin.data_ptr(), output.data_ptr())
+        normed = None if norm is None else torch.empty_like(input)
+        inputs = (input.data_ptr(), *((None, None) if norm is None else (norm.weight.data_ptr(), normed.data_ptr())))
+        pointers = (*inputs, *projections.pointers, cos.data_ptr(), sin.data_ptr(), output.data_ptr())
         sizes = (rows, width, d, cos.shape[0] * length)
-        how = (projections.epsilon, projections.dtype == torch.float32, torch.get_num_threads())
-        self._library.attention_inputs(input.data_ptr(), *pointers, *sizes, *how)
+        epsilons = (0.0 if norm is None else norm.epsilon, projections.epsilon)
+        how = (*epsilons, projections.dtype == torch.float32, *_low(3, gated), torch.get_num_threads())
+        self._library.attention_inputs(*pointers, *sizes, *how)
         parts = output.split([rows * count * d for count in heads])
         return tuple(
             part.view(batch, length, count, d).transpose(1, 2) for part, count in zip(parts, heads, strict=True)
         )
+
+    def checksum(self, weight: Tensor) -> Tensor:
+        """Of a contiguous weight whose bytes are whole words of four: one number for each part of it."""
+        words = weight.numel() * weight.element_size() // 4
+        sums = torch.empty(-(-words // self._library.checksum_block()), dtype=torch.int32)
+        self._library.checksum(weight.data_ptr(), sums.data_ptr(), words, torch.get_num_threads())
+        return sums
+
+
+class Norm(NamedTuple):
+    """A root mean square norm: `weight` `(k,)` float32."""
+
+    weight: Tensor
+    epsilon: float
+
+
+class GatedWeights:
+    """Packed weights of a gated MLP, of one dtype; `inner` values wide inside."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, inner: int):
+        self._kept = (gate, up, down)  # they must outlive the pointers
+        self._array = (ctypes.c_void_p * 3)(*(weight.data_ptr() for weight in self._kept))
+        self.pointers, self.wide, self.inner = ctypes.addressof(self._array), gate.dtype == torch.float32, inner
 
 
 class AttentionProjections:

@@ -13,7 +13,7 @@ Example: q_proj 32 -> 32 and v_proj 32 -> 16, rank 2, 8 layers: down (8, 2, 64),
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -83,49 +83,73 @@ class LowRank:
     """
 
     def __init__(self, model: nn.Module, widths: dict[str, list[int]], down: Tensor, up: Tensor, scale: float):
-        self.scale = scale
+        self.scale, self.rows, self.thread = scale, None, None
         # As a whole, before they are split: hundreds of small conversions would take longer than the products.
         dtype = model.get_input_embeddings().weight.dtype
         down, up = down.to(dtype), up.to(dtype)
         inputs, outputs = ([width[side] for width in widths.values()] for side in (0, 1))
         layers = model.get_decoder().layers
-        self.parts: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self.parts: list[tuple[nn.Module, GatedProduct]] = []
         for layer, a, b in zip(layers, down, up, strict=True):
             rows = zip(widths, a.split(inputs, dim=1), b.split(outputs, dim=0), strict=True)
-            self.parts += [(layer.get_submodule(path), low, high) for path, low, high in rows]
+            self.parts += [(layer.get_submodule(path), GatedProduct(self, low, high)) for path, low, high in rows]
 
     @contextmanager
     def acting(self, rows: int | None = None) -> Iterator[None]:
         """Within it, the last `rows` rows (None = all) of every projection get their product."""
-        hooks = [module.register_forward_hook(self._hook(low, high, rows)) for module, low, high in self.parts]
+        self.rows, self.thread, key = rows, threading.get_ident(), f"confu gated LoRA {id(self)}"
+        # As register_forward_hook, which takes ten times as long; there are hundreds, in every pass.
+        for module, product in self.parts:
+            module._forward_hooks[key] = product
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for module, _ in self.parts:
+                module._forward_hooks.pop(key, None)
 
-    def _hook(self, low: Tensor, high: Tensor, rows: int | None) -> Callable:
-        thread, low_t, high_t = threading.get_ident(), low.t(), high.t()
 
-        def add(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
-            if threading.get_ident() != thread:  # a pass of another call has rows of its own
-                return output
-            states = arguments[0]  # (B, Q, in)
-            first = 0 if rows is None else states.shape[1] - rows
-            part = states[:, first:]
-            alike = low.device == part.device and low.dtype == part.dtype == output.dtype
-            if alike and len(part) == 1 and not torch.is_grad_enabled():
-                # Few calls: on a GPU each of them takes longer than what it computes.
-                output[0, first:].addmm_(part[0].mm(low_t), high_t, alpha=self.scale)
-                return output
-            lowered = part.matmul(low_t.to(part)).to(output.dtype)
-            if torch.is_grad_enabled():
-                changed = torch.addmm(
-                    output[:, first:].flatten(0, 1), lowered.flatten(0, 1), high_t.to(output), alpha=self.scale
-                ).view(len(part), -1, output.shape[2])
-                return changed if first == 0 else torch.cat([output[:, :first], changed], 1)
-            # In place: there are hundreds of them in every round.
-            output[:, first:].baddbmm_(lowered, high_t.to(output).expand(len(part), -1, -1), alpha=self.scale)
+class GatedProduct:
+    """What one projection's contemplate tokens get: a forward hook that adds it to the module's output.
+
+    Attributes:
+        down: `(r, in)`. up: `(out, r)`.
+    """
+
+    def __init__(self, owner: LowRank, down: Tensor, up: Tensor):
+        self.owner, self.down, self.up = owner, down, up
+        self._down_t, self._up_t = down.t(), up.t()
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.owner.scale
+
+    def is_meant(self) -> bool:
+        """Whether the pass that runs is the adapter's: one of another thread has rows of its own."""
+        return threading.get_ident() == self.owner.thread
+
+    def first_row(self, length: int) -> int:
+        """Of the `length` rows of each batch row, the first one that is a contemplate token."""
+        return 0 if self.owner.rows is None else length - self.owner.rows
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+        """The output with the product added, in place where no gradient is wanted."""
+        if not self.is_meant():
             return output
-
-        return add
+        states, down, scale = arguments[0], self.down, self.scale  # (B, Q, in)
+        first = self.first_row(states.shape[1])
+        part = states[:, first:]
+        alike = down.device == part.device and down.dtype == part.dtype == output.dtype
+        if alike and len(part) == 1 and not torch.is_grad_enabled():
+            # Few calls: on a GPU each of them takes longer than what it computes.
+            output[0, first:].addmm_(part[0].mm(self._down_t), self._up_t, alpha=scale)
+            return output
+        lowered = part.matmul(self._down_t.to(part)).to(output.dtype)
+        up = self._up_t.to(output)
+        if torch.is_grad_enabled():
+            changed = torch.addmm(output[:, first:].flatten(0, 1), lowered.flatten(0, 1), up, alpha=scale)
+            changed = changed.view(len(part), -1, output.shape[2])
+            return changed if first == 0 else torch.cat([output[:, :first], changed], 1)
+        # In place: there are hundreds of them in every round.
+        output[:, first:].baddbmm_(lowered, up.expand(len(part), -1, -1), alpha=scale)
+        return output
