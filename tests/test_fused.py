@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from confu_hf.acceleration.attention import grouped_queries
 from confu_hf.acceleration.packing import PackedLinears
 from confu_hf.acceleration.products import GatedWeights, build_products
-from confu_hf.adapter.low_rank import GatedProduct
+from confu_hf.gated import GatedProduct
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_a_gated_lora_of_another_thread_is_not(products):
     with grouped_queries(model), packed.active():
         expected = model(PROMPT).logits
         with low_rank.acting(3):
-            low_rank.thread = -1
+            low_rank.call.thread = -1
             assert torch.equal(model(PROMPT).logits, expected)
 
 

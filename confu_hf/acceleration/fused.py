@@ -9,7 +9,6 @@ off. A gated LoRA's hooks on linear layers are understood, and computed in the s
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
-from ..adapter.low_rank import GatedProduct
+from ..gated import GatedProduct
 from .attention import GROUPED, grouped_attention
 from .likeness import agree, attention_of, close, epsilon, example, fit, is_norm
 from .products import AttentionProjections, Gated, GatedWeights, LowRankPart, Norm, Products
@@ -68,7 +67,7 @@ class FusedParts:
         self.always_plain = set.intersection(*map(set, plain_rows.values())) if plain_rows else set()
         self.forwards: dict[nn.Module, Callable] = {}
         self._parts: dict[nn.Module, _Part] = {}
-        self._low_ranks: weakref.WeakKeyDictionary[GatedProduct, LowRankPart] = weakref.WeakKeyDictionary()
+        self._low_ranks: dict[nn.Module, tuple[tuple, LowRankPart]] = {}
         for module in reversed(list(model.modules())):  # children before those that they are parts of
             for make in (self._norm, self._gated_mlp, self._attention, self._layer):
                 forward = None if "forward" in module.__dict__ or module.training else make(module)
@@ -100,7 +99,7 @@ class FusedParts:
     def _gated(self, linears: Sequence[Child], input: Tensor) -> tuple[bool, Gated | None]:
         """Whether nobody but a gated LoRA has a word in these linear layers: other hooks, or another layer in the place of
         one; and what it says, None = nothing."""
-        length, found, first = input.shape[1] if input.ndim == 3 else 1, [], None
+        found, gated = [], None
         for parent, name, child in linears:
             if parent._modules.get(name) is not child or child._forward_pre_hooks:
                 return False, None
@@ -109,15 +108,24 @@ class FusedParts:
                 hook, *others = child._forward_hooks.values()
                 if others or not isinstance(hook, GatedProduct) or hook.down.dtype != torch.float32:
                     return False, None
-                if hook.is_meant():
-                    part, first = self._low_rank(hook), hook.first_row(length)
+                gated = hook.call if gated is None and hook.call.is_meant() else gated
+                part = self._low_rank(child, hook) if hook.call is gated else None
             found.append(part)
-        return True, None if first is None else Gated(found, length, first)
+        if gated is None:
+            return True, None
+        length = input.shape[1] if input.ndim == 3 else len(input)
+        return True, Gated(found, length, gated.first_row(length))
 
-    def _low_rank(self, hook: GatedProduct) -> LowRankPart:
-        if hook not in self._low_ranks:
-            self._low_ranks[hook] = LowRankPart(hook.down, hook.up, hook.scale)
-        return self._low_ranks[hook]
+    def _low_rank(self, linear: nn.Module, hook: GatedProduct) -> LowRankPart:
+        """Laid out once, for all passes of all calls with these weights."""
+        if hook.part is None:
+            versions = [None if weight.is_inference() else weight._version for weight in (hook.down, hook.up)]
+            key = (hook.down.data_ptr(), hook.up.data_ptr(), *versions, hook.scale)
+            if self._low_ranks.get(linear, (None,))[0] != key:
+                part = LowRankPart(hook.down.detach(), self.products.pack(hook.up.detach()), hook.scale)
+                self._low_ranks[linear] = (key, part)
+            hook.part = self._low_ranks[linear][1]
+        return hook.part
 
     # 2. The parts
 

@@ -78,17 +78,17 @@ static inline void block(const Chunk<W>& chunk, const float* x, float* y, int64_
     for (int r = 0; r < R; r++) std::memcpy(y + r * chunk.n, sums[r], chunk.columns * sizeof(float));
 }
 
-// What a gated LoRA adds to a product: y += scale up (down x). `down` has `rank` lines of k values, `up` n lines of `rank`.
+// What a gated LoRA adds to a product: y += scale (x down) up. `down` has `rank` lines of k values, `up` comes in panels,
+// as w does.
 struct LowRank {
     const float *down, *up;
-    int64_t down_stride, up_stride, rank;
+    int64_t down_stride, rank;
     float scale;
 };
 
 // To which rows: of every `length` rows those from `first` on.
 struct Gate {
     int64_t length, first;
-    bool operator()(int64_t row) const { return row % length >= first; }
 };
 
 static float dot(const float* x, const float* y, int64_t count) {
@@ -104,29 +104,53 @@ static float dot(const float* x, const float* y, int64_t count) {
     return parts[0];
 }
 
+static void fetch(const float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(x + i);
+}
+
 // A product's low-rank part, if it has one: `lower` by all threads and a barrier, then `raise` panel by panel.
 struct Low {
     const LowRank* more;
-    Gate gate;
-    std::vector<float> said;  // (m, rank): scale (down x)
+    std::vector<int64_t> rows;  // that get it
+    std::vector<float> said;    // (rows, rank): scale (x down)
 
-    Low(const LowRank* more, Gate gate, int64_t m) : more(more), gate(gate), said(more ? m * more->rank : 0) {}
-
-    void lower(const float* x, int64_t m, int64_t k) {
+    Low(const LowRank* more, Gate gate, int64_t m) : more(more) {
         if (!more) return;
-#pragma omp for schedule(static) nowait
-        for (int64_t j = 0; j < more->rank; j++)
-            for (int64_t row = 0; row < m; row++)
-                if (gate(row))
-                    said[row * more->rank + j] = more->scale * dot(x + row * k, more->down + j * more->down_stride, k);
+        for (int64_t row = 0; row < m; row++)
+            if (row % gate.length >= gate.first) rows.push_back(row);
+        said.resize(rows.size() * more->rank);
     }
 
-    void raise(float* y, int64_t m, int64_t n, int64_t first, int64_t columns) const {
+    void lower(const float* x, int64_t k) {
         if (!more) return;
-        for (int64_t i = first; i < first + columns; i++)
-            for (int64_t row = 0; row < m; row++)
-                if (gate(row))
-                    y[row * n + i] += dot(more->up + i * more->up_stride, &said[row * more->rank], more->rank);
+#pragma omp for schedule(static) nowait
+        for (int64_t j = 0; j < more->rank; j++) {
+            float* to = &said[j];
+            if (j + 1 < more->rank) fetch(more->down + (j + 1) * more->down_stride, k);
+            for (int64_t row : rows) {
+                *to = more->scale * dot(x + row * k, more->down + j * more->down_stride, k);
+                to += more->rank;
+            }
+        }
+    }
+
+    // Before panel p of w is multiplied: those of `up` lie elsewhere.
+    void ahead(int64_t p) const {
+        if (more) fetch(more->up + p * more->rank * PANEL, more->rank * PANEL);
+    }
+
+    void raise(float* y, int64_t n, int64_t p, int64_t columns) const {
+        if (!more) return;
+        const float *lines = more->up + p * more->rank * PANEL, *value = said.data();
+        for (int64_t row : rows) {
+            float* to = y + row * n + p * PANEL;
+            vector sums[VECTORS];
+            std::memcpy(sums, to, columns * sizeof(float));
+            for (int64_t j = 0; j < more->rank; j++, value++)
+#pragma GCC unroll 3
+                for (int v = 0; v < VECTORS; v++) sums[v] += *value * *(const vector*)(lines + j * PANEL + v * LANES);
+            std::memcpy(to, sums, columns * sizeof(float));
+        }
     }
 };
 
@@ -144,6 +168,7 @@ static void multiply(const float* x, const W* w, float* y, int64_t m, int64_t k,
     const int64_t chunks = blocks <= 1 ? 1 : (k + CHUNK - 1) / CHUNK, lines = (k + chunks - 1) / chunks;
     for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
         const int64_t first = p * PANEL, columns = std::min<int64_t>(PANEL, n - first);
+        low.ahead(p);
         for (int64_t i = 0; i < k; i += lines) {
             const Chunk<W> chunk{w + (p * k + i) * PANEL, std::min(lines, k - i), k, n, columns, i == 0, blocks};
             for (int64_t b = 0, row = 0; b < blocks; b++) {
@@ -152,7 +177,7 @@ static void multiply(const float* x, const W* w, float* y, int64_t m, int64_t k,
                 row += rows;
             }
         }
-        low.raise(y, m, n, first, columns);
+        low.raise(y, n, p, columns);
     }
 }
 
@@ -223,7 +248,7 @@ extern "C" void product(
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (low.more) {
-            low.lower(x, m, k);
+            low.lower(x, k);
 #pragma omp barrier
         }
         multiply(x, w, wide, y, m, k, n, low);
@@ -244,8 +269,8 @@ struct GatedMLP {
     void operator()(const float* x, float* hidden, float* y, int64_t m) {
         float* other = hidden + m * inner;
         if (low_gate.more || low_up.more) {
-            low_gate.lower(x, m, k);
-            low_up.lower(x, m, k);
+            low_gate.lower(x, k);
+            low_up.lower(x, k);
 #pragma omp barrier
         }
         multiply(x, gate, wide, hidden, m, k, inner, low_gate);
@@ -254,7 +279,7 @@ struct GatedMLP {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) gate_with(hidden + row * inner, other + row * inner, inner);
         if (low_down.more) {
-            low_down.lower(hidden, m, inner);
+            low_down.lower(hidden, inner);
 #pragma omp barrier
         }
         multiply(hidden, down, wide, y, m, inner, k, low_down);
@@ -283,7 +308,7 @@ extern "C" void layer_end(
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (low.more) {
-            low.lower(attended, m, a);
+            low.lower(attended, a);
 #pragma omp barrier
         }
         multiply(attended, o, wide, h, m, a, k, low);
@@ -319,7 +344,7 @@ extern "C" void attention_inputs(
             for (int64_t row = 0; row < m; row++) norm_row(x + row * k, norm, normed + row * k, k, norm_epsilon);
         }
         if (low[0].more || low[1].more || low[2].more) {
-            for (int part = 0; part < 3; part++) low[part].lower(rows, m, k);
+            for (int part = 0; part < 3; part++) low[part].lower(rows, k);
 #pragma omp barrier
         }
         for (int part = 0; part < 3; part++)

@@ -43,7 +43,6 @@ class _LowRank(ctypes.Structure):
         ("down", ctypes.c_void_p),
         ("up", ctypes.c_void_p),
         ("down_stride", ctypes.c_int64),
-        ("up_stride", ctypes.c_int64),
         ("rank", ctypes.c_int64),
         ("scale", ctypes.c_float),
     ]
@@ -57,13 +56,12 @@ class LowRankPart:
     """What a gated LoRA adds to the product of one weight: `scale up (down x)`.
 
     Args:
-        down: `(r, k)`. up: `(n, r)`. Float32, values of a line side by side.
+        down: `(r, k)` float32, values of a line side by side. up: `(n, r)` as [`Products.pack`] makes panels of it.
     """
 
     def __init__(self, down: Tensor, up: Tensor, scale: float):
         self._kept = (down, up)  # they must outlive the pointers
-        sizes = (down.stride(0), up.stride(0), len(down), scale)
-        self._struct = _LowRank(down.data_ptr(), up.data_ptr(), *sizes)
+        self._struct = _LowRank(down.data_ptr(), up.data_ptr(), down.stride(0), len(down), scale)
         self.address = ctypes.addressof(self._struct)
 
 

@@ -16,10 +16,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import refusal
+from ..gated import GatedPass, GatedProduct
 
 # Llama's seven, and the fused ones of Phi-3.
 PROJECTIONS = (
@@ -83,7 +83,7 @@ class LowRank:
     """
 
     def __init__(self, model: nn.Module, widths: dict[str, list[int]], down: Tensor, up: Tensor, scale: float):
-        self.scale, self.rows, self.thread = scale, None, None
+        self.call = GatedPass()
         # As a whole, before they are split: hundreds of small conversions would take longer than the products.
         dtype = model.get_input_embeddings().weight.dtype
         down, up = down.to(dtype), up.to(dtype)
@@ -92,12 +92,14 @@ class LowRank:
         self.parts: list[tuple[nn.Module, GatedProduct]] = []
         for layer, a, b in zip(layers, down, up, strict=True):
             rows = zip(widths, a.split(inputs, dim=1), b.split(outputs, dim=0), strict=True)
-            self.parts += [(layer.get_submodule(path), GatedProduct(self, low, high)) for path, low, high in rows]
+            self.parts += [
+                (layer.get_submodule(path), GatedProduct(self.call, low, high, scale)) for path, low, high in rows
+            ]
 
     @contextmanager
     def acting(self, rows: int | None = None) -> Iterator[None]:
         """Within it, the last `rows` rows (None = all) of every projection get their product."""
-        self.rows, self.thread, key = rows, threading.get_ident(), f"confu gated LoRA {id(self)}"
+        self.call.rows, self.call.thread, key = rows, threading.get_ident(), f"confu gated LoRA {id(self)}"
         # As register_forward_hook, which takes ten times as long; there are hundreds, in every pass.
         for module, product in self.parts:
             module._forward_hooks[key] = product
@@ -106,50 +108,3 @@ class LowRank:
         finally:
             for module, _ in self.parts:
                 module._forward_hooks.pop(key, None)
-
-
-class GatedProduct:
-    """What one projection's contemplate tokens get: a forward hook that adds it to the module's output.
-
-    Attributes:
-        down: `(r, in)`. up: `(out, r)`.
-    """
-
-    def __init__(self, owner: LowRank, down: Tensor, up: Tensor):
-        self.owner, self.down, self.up = owner, down, up
-        self._down_t, self._up_t = down.t(), up.t()
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.owner.scale
-
-    def is_meant(self) -> bool:
-        """Whether the pass that runs is the adapter's: one of another thread has rows of its own."""
-        return threading.get_ident() == self.owner.thread
-
-    def first_row(self, length: int) -> int:
-        """Of the `length` rows of each batch row, the first one that is a contemplate token."""
-        return 0 if self.owner.rows is None else length - self.owner.rows
-
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
-        """The output with the product added, in place where no gradient is wanted."""
-        if not self.is_meant():
-            return output
-        states, down, scale = arguments[0], self.down, self.scale  # (B, Q, in)
-        first = self.first_row(states.shape[1])
-        part = states[:, first:]
-        alike = down.device == part.device and down.dtype == part.dtype == output.dtype
-        if alike and len(part) == 1 and not torch.is_grad_enabled():
-            # Few calls: on a GPU each of them takes longer than what it computes.
-            output[0, first:].addmm_(part[0].mm(self._down_t), self._up_t, alpha=scale)
-            return output
-        lowered = part.matmul(self._down_t.to(part)).to(output.dtype)
-        up = self._up_t.to(output)
-        if torch.is_grad_enabled():
-            changed = torch.addmm(output[:, first:].flatten(0, 1), lowered.flatten(0, 1), up, alpha=scale)
-            changed = changed.view(len(part), -1, output.shape[2])
-            return changed if first == 0 else torch.cat([output[:, :first], changed], 1)
-        # In place: there are hundreds of them in every round.
-        output[:, first:].baddbmm_(lowered, up.expand(len(part), -1, -1), alpha=scale)
-        return output
