@@ -34,7 +34,7 @@ def wheel(tmp_path_factory):
 def test_everything_of_the_package_is_in_it(wheel):
     files = {path for path in (ROOT / "confu_hf").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     expected = {path.relative_to(ROOT).as_posix() for path in files}
-    assert {Path(name).suffix for name in expected} >= {".py", ".cpp", ".md"}
+    assert {Path(name).suffix for name in expected} >= {".py", ".cpp", ".h", ".md"}
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == expected
 

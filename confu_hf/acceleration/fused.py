@@ -228,9 +228,11 @@ class FusedParts:
         cache, more = compat.split_cache(more)
         if cache is not None:
             key, value = cache.update(key, value, module.layer_idx)
-        say, _ = grouped_attention(
-            module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **more
-        )
+        if self.products.attends(query, key, value, attention_mask):
+            say = self.products.attention(query, key, value, attention_mask, module.scaling)
+        else:
+            arguments = {"dropout": 0.0, "scaling": module.scaling, **more}
+            say, _ = grouped_attention(module, query, key, value, attention_mask, **arguments)
         return say.reshape(*hidden_states.shape[:-1], -1)
 
     def _layer(self, module: nn.Module) -> Callable | None:

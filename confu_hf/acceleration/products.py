@@ -1,5 +1,5 @@
 """Products of a few rows with a large matrix, and what stands between them in a layer, in C++ made for this processor
-(`products.cpp`): what `compile()` builds.
+(`products.cpp`, `attention.cpp`): what `compile()` builds.
 
 Built once by the C++ compiler at hand, in about a second, and kept in the user's cache folder under a name that source,
 flags and compiler decide. Which layers compute with it is the business of packing.py and fused.py.
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ..errors import refusal
 
-SOURCE = Path(__file__).with_name("products.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("products.cpp", "attention.cpp", "vectors.h")]
 # By what torch finds the processor capable of. Contracted sums, but nothing that would change the treatment of NaN or of
 # very small numbers.
 FLAGS = {
@@ -50,6 +50,13 @@ class _LowRank(ctypes.Structure):
 
 class _Gate(ctypes.Structure):
     _fields_ = [("length", ctypes.c_int64), ("first", ctypes.c_int64)]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("query", "key", "value", "mask", "out")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("batch", "rows", "heads", "key_heads", "d", "keys")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("key_batch", "key_head", "mask_batch", "mask_row")]
+    _fields_ += [("scale", ctypes.c_float)]
 
 
 class LowRankPart:
@@ -103,11 +110,13 @@ class Products:
         arguments = {
             "panel_columns": [],
             "checksum_block": [],
+            "lanes": [],
             "product": [pointer] * 3 + [number] * 3 + [flag, *low, number],
             "rms_norm": [pointer] * 3 + [number] * 2 + [real],
             "gated_mlp": [pointer] * 4 + [number] * 3 + [flag, *low, number],
             "layer_end": [pointer] * 7 + [number] * 4 + [real, flag, *low, number],
             "attention_inputs": [pointer] * 10 + [number] * 4 + [real, real, flag, *low, number],
+            "attention": [pointer, number],
             "checksum": [pointer] * 2 + [number] * 2,
         }
         for name, types in arguments.items():
@@ -205,6 +214,38 @@ class Products:
             part.view(batch, length, count, d).transpose(1, 2) for part, count in zip(parts, heads, strict=True)
         )
 
+    def attends(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+        """Whether [`attention`] takes these: float32, heads side by side in rows, keys and values in slots that follow each
+        other, a mask to add if there is more than one row."""
+        d, rows, keys = query.shape[-1], query.shape[2], key.shape[2]
+        shape = (query.shape[0], query.shape[1], rows, d)
+        fits = d % self._library.lanes() == 0 and query.transpose(1, 2).is_contiguous() and query.shape == shape
+        fits = fits and query.dtype == key.dtype == value.dtype == torch.float32 and key.shape == value.shape
+        fits = fits and key.stride() == value.stride() and key.stride()[2:] == (d, 1)
+        if mask is None:
+            return fits and rows == 1
+        fits = fits and mask.dtype == torch.float32 and mask.ndim == 4 and mask.stride(3) == 1
+        return fits and mask.shape[0] in (1, query.shape[0]) and mask.shape[1:] == (1, rows, keys)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """`softmax(scale query key + mask) value` of grouped queries.
+
+        Args:
+            query: `(B, heads, Q, d)`. key, value: `(B, key heads, K, d)`. mask: `(B or 1, 1, Q, K)`; None = nothing is
+                hidden.
+
+        Returns:
+            `(B, Q, heads, d)`.
+        """
+        batch, heads, rows, d = query.shape
+        output = query.new_empty(batch, rows, heads, d)
+        tensors = (query, key, value, mask, output)
+        sizes = (batch, rows, heads, key.shape[1], d, key.shape[2], key.stride(0), key.stride(1))
+        strides = (0, 0) if mask is None else (mask.stride(0) if len(mask) > 1 else 0, mask.stride(2))
+        asked = _Attention(*(None if part is None else part.data_ptr() for part in tensors), *sizes, *strides, scale)
+        self._library.attention(ctypes.addressof(asked), torch.get_num_threads())
+        return output
+
     def checksum(self, weight: Tensor) -> Tensor:
         """Of a contiguous weight whose bytes are whole words of four: one number for each part of it."""
         words = weight.numel() * weight.element_size() // 4
@@ -270,7 +311,7 @@ def build_products(capability: str | None = None, folder: Path | None = None) ->
             fix="Install a compiler (apt install g++), or go on without compile(): everything works, only slower.",
         )
     flags = (*COMMON_FLAGS, *FLAGS[capability])
-    key = hashlib.sha256(repr((SOURCE.read_text(), compiler, flags)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(([source.read_text() for source in SOURCES], compiler, flags)).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"products-{capability.lower()}-{key}.so"
     start = time.perf_counter()
     if path.exists():
@@ -279,7 +320,7 @@ def build_products(capability: str | None = None, folder: Path | None = None) ->
     # Beside its place and then renamed: an interrupted build leaves nothing half-written behind.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         built = Path(scratch) / path.name
-        command = [compiler, *flags, str(SOURCE), "-o", str(built)]
+        command = [compiler, *flags, *(str(source) for source in SOURCES if source.suffix == ".cpp"), "-o", str(built)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise refusal(
