@@ -162,6 +162,19 @@ def test_a_layer_that_takes_the_place_of_another_is_asked(products):
     torch.testing.assert_close(got, model(PROMPT).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["self_attn", "self_attn.v_proj", "post_attention_layernorm", "mlp", "mlp.down_proj"])
+@torch.no_grad()
+def test_a_forward_that_takes_the_place_of_another_is_asked(name, products):
+    """As accelerate's hooks do, after weights were packed."""
+    model = tiny_llama(dtype=torch.float32)
+    packed, module, asked = PackedLinears(model, products=products), model.model.layers[1].get_submodule(name), []
+    own = module.forward
+    module.forward = lambda *given, **more: (asked.append(name), own(*given, **more))[1]
+    with grouped_queries(model), packed.active():
+        model(PROMPT)
+    assert asked == [name]
+
+
 @pytest.mark.parametrize("argument", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"scaling": 0.123}])
 def test_attention_that_asks_for_more_is_left_alone(argument, products, monkeypatch):
     """However little it may change: what it hands to the attention function tells."""

@@ -97,11 +97,11 @@ class FusedParts:
         )
 
     def _gated(self, linears: Sequence[Child], input: Tensor) -> tuple[bool, Gated | None]:
-        """Whether nobody but a gated LoRA has a word in these linear layers: other hooks, or another layer in the place of
-        one; and what it says, None = nothing."""
+        """Whether nobody but a gated LoRA has a word in these linear layers: other hooks, another layer or forward in the
+        place of one; and what it says, None = nothing."""
         found, gated = [], None
         for parent, name, child in linears:
-            if parent._modules.get(name) is not child or child._forward_pre_hooks:
+            if not _in_place(parent, name, child):
                 return False, None
             part = None
             if child._forward_hooks:
@@ -298,12 +298,17 @@ class FusedParts:
         )
 
 
+def _in_place(parent: nn.Module, name: str, child: nn.Module) -> bool:
+    """Whether it is still this child, which computes as its class does, or as packing.py has it compute."""
+    own = child.__dict__.get("forward")
+    ours = own is None or getattr(own, "__module__", "").startswith(__package__)
+    return ours and parent._modules.get(name) is child and not child._forward_pre_hooks
+
+
 def _untouched(children: Sequence[Child]) -> bool:
     """Whether these are still in their places, and nobody else has a word in what they compute."""
     return all(
-        parent._modules.get(name) is child
-        and not child._forward_pre_hooks
-        and all(compat.captures_outputs(hook) for hook in child._forward_hooks.values())
+        _in_place(parent, name, child) and all(map(compat.captures_outputs, child._forward_hooks.values()))
         for parent, name, child in children
     )
 
