@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_products import KINDS, pytestmark  # noqa: F401 - skips where nothing can be compiled
@@ -102,6 +106,24 @@ def test_any_number_of_threads(threads, products):
         check(products, mask, *states)
     finally:
         torch.set_num_threads(before)
+
+
+def test_fewer_threads_than_asked_for(products):
+    """As an operating system, or who calls from a thread of OpenMP, may leave it."""
+    code = f"""
+import torch
+from pathlib import Path
+from confu_hf.acceleration.products import Products
+torch.manual_seed(1)
+products, query = Products(Path({str(products.path)!r}), 0.0), torch.randn(1, 2, 4, 16).transpose(1, 2)
+key, value, mask = torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16), torch.zeros(1, 1, 2, 300)
+torch.set_num_threads(4)
+got = products.attention(query, key, value, mask, 0.3).transpose(1, 2)
+want = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3, enable_gqa=True)
+torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+"""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
 
 
 def test_what_it_does_not_take(products):

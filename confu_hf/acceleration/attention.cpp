@@ -139,12 +139,12 @@ static bool mask_of(const Attention& a, const Lanes<V>& some, int64_t start, int
 template <int V>
 static void attend(const Attention& a, int64_t threads) {
     constexpr int COUNT = V * LANES;
-    const int64_t tiles = (a.keys + TILE - 1) / TILE, parts = std::max<int64_t>(1, std::min(threads, tiles));
+    const int64_t tiles = (a.keys + TILE - 1) / TILE, wanted = std::max<int64_t>(1, std::min(threads, tiles));
     const int64_t blocks = (a.lanes() + COUNT - 1) / COUNT, units = a.batch * blocks * a.key_heads;
-    std::vector<std::vector<Lanes<V>>> known(parts);
-#pragma omp parallel num_threads(parts) if (parts > 1)
+    std::vector<std::vector<Lanes<V>>> known(wanted);
+#pragma omp parallel num_threads(wanted) if (wanted > 1)
     {
-        const int64_t part = omp_get_thread_num();
+        const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();  // perhaps fewer than wanted
         std::vector<Lanes<V>>& mine = known[part];
         mine.reserve(units);
         std::vector<float> mask(TILE * COUNT);
@@ -164,12 +164,13 @@ static void attend(const Attention& a, int64_t threads) {
             const Lanes<V>& one = known[0][unit];
             for (int64_t lane = 0; lane < one.count; lane++) {
                 float most = one.most[lane], sum = 0, *to = a.out + one.at(lane);
-                for (const auto& other : known) most = std::max(most, other[unit].most[lane]);
+                for (int64_t p = 0; p < parts; p++) most = std::max(most, known[p][unit].most[lane]);
                 std::fill(to, to + a.d, 0.f);
-                for (const auto& other : known) {
-                    const float weight = std::exp(other[unit].most[lane] - most);
-                    sum += weight * other[unit].sum[lane];
-                    for (int64_t i = 0; i < a.d; i++) to[i] += weight * other[unit].out[lane * a.d + i];
+                for (int64_t p = 0; p < parts; p++) {
+                    const Lanes<V>& other = known[p][unit];
+                    const float weight = std::exp(other.most[lane] - most);
+                    sum += weight * other.sum[lane];
+                    for (int64_t i = 0; i < a.d; i++) to[i] += weight * other.out[lane * a.d + i];
                 }
                 for (int64_t i = 0; i < a.d; i++) to[i] /= sum;
             }
