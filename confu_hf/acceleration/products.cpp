@@ -188,22 +188,16 @@ extern "C" void rms_norm(const float* x, const float* weight, float* y, int64_t 
 
 extern "C" int64_t panel_columns() { return PANEL; }
 
-// `more` of this and the following: of each product in turn, or null.
 extern "C" void product(
-    const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, bool wide, const LowRank* const* more,
-    Gate gate, int64_t threads
+    const float* x, const void* w, float* y, int64_t m, int64_t k, int64_t n, bool wide, int64_t threads
 ) {
-    Low low(*more, gate, m);
+    const Low none(nullptr, {}, m);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        if (low.more) {
-            low.lower(x, k);
-#pragma omp barrier
-        }
-        multiply(x, w, wide, y, m, k, n, low);
-    }
+    multiply(x, w, wide, y, m, k, n, none);
 }
 
+// `more` of this and the following: of each product in turn, or null.
+//
 // A gated MLP: y = (silu(x gate) * (x up)) down, by all threads of a team. `hidden` is room for 2 m times `inner` values.
 struct GatedMLP {
     const void *gate, *up, *down;

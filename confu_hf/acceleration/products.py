@@ -89,7 +89,7 @@ def _low(count: int, gated: Gated | None) -> tuple[ctypes.Array, _Gate]:
     return (ctypes.c_void_p * count)(*addresses), _Gate(gated.length, gated.first)
 
 
-_NOTHING, _EVERY_ROW = {count: (ctypes.c_void_p * count)() for count in (1, 3, 4)}, _Gate(1, 0)
+_NOTHING, _EVERY_ROW = {count: (ctypes.c_void_p * count)() for count in (3, 4)}, _Gate(1, 0)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Products:
             "panel_columns": [],
             "checksum_block": [],
             "lanes": [],
-            "product": [pointer] * 3 + [number] * 3 + [flag, *low, number],
+            "product": [pointer] * 3 + [number] * 3 + [flag, number],
             "rms_norm": [pointer] * 3 + [number] * 2 + [real],
             "gated_mlp": [pointer] * 4 + [number] * 3 + [flag, *low, number],
             "layer_end": [pointer] * 7 + [number] * 4 + [real, flag, *low, number],
@@ -130,7 +130,7 @@ class Products:
         filled = F.pad(weight, (0, 0, 0, -weight.shape[0] % columns))
         return filled.unflatten(0, (-1, columns)).transpose(1, 2).contiguous()
 
-    def __call__(self, input: Tensor, panels: Tensor, features: int, gated: Gated | None = None) -> Tensor:
+    def __call__(self, input: Tensor, panels: Tensor, features: int) -> Tensor:
         """`(..., k)` float32 times a packed weight -> `(..., features)`."""
         input = input.contiguous()
         width = input.shape[-1]
@@ -138,7 +138,7 @@ class Products:
         rows = input.numel() // width
         pointers = (input.data_ptr(), panels.data_ptr(), output.data_ptr())
         wide = panels.dtype == torch.float32
-        self._library.product(*pointers, rows, width, features, wide, *_low(1, gated), torch.get_num_threads())
+        self._library.product(*pointers, rows, width, features, wide, torch.get_num_threads())
         return output
 
     def rms_norm(self, input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -218,8 +218,8 @@ class Products:
         """Whether [`attention`] takes these: float32, heads side by side in rows, keys and values in slots that follow each
         other, a mask to add if there is more than one row."""
         d, rows, keys = query.shape[-1], query.shape[2], key.shape[2]
-        shape = (query.shape[0], query.shape[1], rows, d)
-        fits = d % self._library.lanes() == 0 and query.transpose(1, 2).is_contiguous() and query.shape == shape
+        fits = d % self._library.lanes() == 0 and query.transpose(1, 2).is_contiguous()
+        fits = fits and len(key) == len(query) and key.shape[3] == d and query.shape[1] % key.shape[1] == 0
         fits = fits and query.dtype == key.dtype == value.dtype == torch.float32 and key.shape == value.shape
         fits = fits and key.stride() == value.stride() and key.stride()[2:] == (d, 1)
         if mask is None:

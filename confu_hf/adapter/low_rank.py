@@ -106,5 +106,6 @@ class LowRank:
         try:
             yield
         finally:
+            self.call.thread = None
             for module, _ in self.parts:
                 module._forward_hooks.pop(key, None)
