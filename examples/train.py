@@ -93,7 +93,7 @@ class ScriptArguments:
     feature_store: str | None = field(default=None, metadata={"help": "folder to keep target features in"})
     store_caches: bool = field(default=False, metadata={"help": "keep the target's keys and values there, for confu"})
     store_limit: float | None = field(
-        default=None, metadata={"help": "the most gigabytes for --feature_store; default 90 % of the free disk"}
+        default=None, metadata={"help": "the most gigabytes for --feature_store; default nine tenths of the free disk"}
     )
     held_out: int = field(default=48, metadata={"help": "sequences kept out of training, for the accepted length"})
     trees: bool = field(

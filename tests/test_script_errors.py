@@ -51,6 +51,13 @@ def target(tokenizer, tmp_path):
     return tmp_path / "target"
 
 
+@pytest.mark.parametrize("script", sorted(file.name for file in EXAMPLES.glob("[!_]*.py")))
+def test_every_script_explains_itself(script):
+    """argparse formats help texts with `%`: a bare one in any of them ends `--help` with a traceback."""
+    status, told = run(EXAMPLES / script, "--help")
+    assert status == 0, told
+
+
 def test_every_script_begins_alike():
     scripts = {file.name: file.read_text(encoding="utf-8") for file in EXAMPLES.glob("[!_]*.py")}
     assert scripts.keys() > CALCULATIONS
