@@ -67,9 +67,9 @@ def read_facts(path: Path) -> dict[str, Any]:
     known = {field.name for field in fields(CardContent)} - MEASURED | OWN_FIELDS
     if unknown := sorted(set(facts) - known):
         raise refusal(f"The facts in {path}", got=unknown, expected=sorted(known), fix="Correct or remove them.")
-    for line in facts.get("limits", ()):
+    for line in (*facts.get("notes", ()), *facts.get("limits", ())):
         if not isinstance(line, str):
-            raise refusal(f"A line of limits in {path}", got=line, expected="text", fix="Put it into quotation marks.")
+            raise refusal(f"A line of {path}", got=line, expected="text", fix="Put it into quotation marks.")
     return facts
 
 

@@ -178,11 +178,10 @@ def test_what_is_wrong_is_refused(script, files):
     (files / "pair.yaml").write_text(yaml.safe_dump(FACTS | {"figures": "| 9.99 |"}))
     with pytest.raises(ValueError, match=r"The facts in .*: got \['figures'\], expected .* Correct or remove them"):
         make(script, files)
-    (files / "pair.yaml").write_text("limits:\n  - Slow: at first.\n")
-    with pytest.raises(
-        ValueError, match=r"A line of limits in .*: got {'Slow': 'at first.'}, expected text. Put it into"
-    ):
-        make(script, files)
+    for name in ("notes", "limits"):
+        (files / "pair.yaml").write_text(f"{name}:\n  - Slow: at first.\n")
+        with pytest.raises(ValueError, match=r"A line of .*: got {'Slow': 'at first.'}, expected text. Put it into"):
+            make(script, files)
     (files / "pair.yaml").unlink()
     with pytest.raises(ValueError, match=r"got no .*pair.yaml, expected a YAML file. Write it, or name --facts"):
         make(script, files)
